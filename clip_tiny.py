@@ -1,0 +1,288 @@
+"""Text and image in one space: the tokenizer, the Transformer, and CLIP (paper, sec. 2 and app. C).
+
+CLIP is two encoders, trained so that a picture and its caption get the same direction. Everything
+else in unCLIP hangs on its two outputs: z_i = encode_image(x) and z_t = encode_text(tokens).
+
+The Transformer built here also serves both priors and the decoder. Next chapter: prior.py.
+"""
+
+import math
+import re
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# ---- Tokenizer -------------------------------------------------------------------------------
+
+PAD, SOT, EOT = 0, 1, 2                        # padding, start of text, end of text
+BYTES = 3                                      # ids 3..258 are the 256 bytes; merges come after them
+
+
+class Tokenizer:
+    """Byte-level byte-pair encoding: any string has tokens, frequent words have one each.
+
+    merges: pairs of token ids in the order they were learnt; the k-th makes id 259 + k.
+    words: the words of the training captions, so that a prompt's unknown words can be named.
+    context: the most tokens a text may have, start and end included.
+    """
+
+    def __init__(self, merges, words, context):
+        self.merges, self.words, self.context = [tuple(m) for m in merges], set(words), context
+        self.rank = {pair: k for k, pair in enumerate(self.merges)}
+        self.vocab = BYTES + 256 + len(self.merges)
+        self._encode_piece = lru_cache(100_000)(self._merge)
+
+    @classmethod
+    def learn(cls, captions, vocab=1024, context=64):
+        """Learn merges from an iterable of strings, until `vocab` ids or no pair occurs twice."""
+        counts = Counter(piece for caption in captions for piece in pieces(caption))
+        words = {piece.strip() for piece in counts}
+        spelt = [([BYTES + b for b in piece.encode(errors="replace")], n) for piece, n in counts.items()]
+        pairs, where = Counter(), defaultdict(set)          # a pair's count, and the pieces it is in
+        for i, (ids, n) in enumerate(spelt):
+            for pair in zip(ids, ids[1:]):
+                pairs[pair] += n
+                where[pair].add(i)
+        merges = []
+        while pairs and BYTES + 256 + len(merges) < vocab:
+            best = max(pairs, key=lambda pair: (pairs[pair], pair))
+            if pairs[best] < 2:
+                break
+            for i in where.pop(best):                       # recount only the pieces that change
+                ids, n = spelt[i]
+                pairs.subtract({pair: n * k for pair, k in Counter(zip(ids, ids[1:])).items()})
+                ids = merge(ids, best, BYTES + 256 + len(merges))
+                spelt[i] = (ids, n)
+                for pair in zip(ids, ids[1:]):
+                    pairs[pair] += n
+                    where[pair].add(i)
+            del pairs[best]
+            merges.append(best)
+        return cls(merges, words, context)
+
+    def _merge(self, piece):
+        """The token ids of one piece of text: learnt merges, the earliest learnt first."""
+        ids = [BYTES + b for b in piece.encode(errors="replace")]
+        while len(ids) > 1:
+            pair = min(zip(ids, ids[1:]), key=lambda pair: self.rank.get(pair, math.inf))
+            if pair not in self.rank:
+                break
+            ids = merge(ids, pair, BYTES + 256 + self.rank[pair])
+        return ids
+
+    def __call__(self, texts, truncate=False):
+        """Texts → (B, L) long: start, tokens, end, padding; L is the longest text's length ≤ context.
+
+        Raises ValueError for an empty text, or one too long unless truncate.
+        """
+        rows = []
+        for text in texts:
+            ids = [SOT] + [i for piece in pieces(text) for i in self._encode_piece(piece)] + [EOT]
+            if len(ids) == 2 and not truncate:
+                raise ValueError("the prompt is empty: describe a picture, as in \"a red cube\"")
+            if len(ids) > self.context and not truncate:
+                raise ValueError(f"the prompt \"{text[:40]}…\" has {len(ids)} tokens, the model reads "
+                                 f"{self.context}: shorten it")
+            rows.append(ids[:self.context - 1] + [EOT] if len(ids) > self.context else ids)
+        length = max(len(ids) for ids in rows)
+        return torch.tensor([ids + [PAD] * (length - len(ids)) for ids in rows])
+
+    def decode(self, ids):
+        """The text of a sequence of token ids (spaces and case as the tokenizer normalises them)."""
+        def spell(i):
+            if i < BYTES + 256:
+                return bytes([i - BYTES]) if i >= BYTES else b""
+            return b"".join(spell(part) for part in self.merges[i - BYTES - 256])
+        return b"".join(spell(int(i)) for i in ids).decode(errors="replace").strip()
+
+    def unknown_words(self, text):
+        """The words of a text that never occurred in training, in order."""
+        words = re.findall(r"\w+", text.lower())
+        return [word for k, word in enumerate(words) if word not in self.words | set(words[:k])]
+
+    def state(self):
+        """Plain lists and numbers, for a checkpoint; Tokenizer(**state) is the same tokenizer."""
+        return {"merges": [list(m) for m in self.merges], "words": sorted(self.words),
+                "context": self.context}
+
+
+def pieces(text):
+    """Lower-case words and marks, each with the space before it; their concatenation is the text."""
+    return re.findall(r" \w+| [^\w\s]+|\w+|[^\w\s]+", " " + " ".join(text.lower().split()))
+
+
+def merge(ids, pair, new):
+    """ids with every occurrence of the pair replaced by the id `new`."""
+    out, k = [], 0
+    while k < len(ids):
+        if tuple(ids[k:k + 2]) == pair:
+            out.append(new)
+            k += 2
+        else:
+            out.append(ids[k])
+            k += 1
+    return out
+
+
+# ---- Transformer -----------------------------------------------------------------------------
+
+class Attention(nn.Module):
+    """Multi-head self-attention whose keys and values may be extended.
+
+    By a context (the decoder's text, as in GLIDE: projected and put beside the image's own), or by
+    those of earlier calls (the AR prior's cache).
+    """
+
+    def __init__(self, width, heads, context_width=None):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.context_kv = nn.Linear(context_width, 2 * width) if context_width else None
+
+    def forward(self, x, mask=None, context=None, cache=None):
+        """x (B, L, width) → the same; mask: bool, True where a query (row) may see a key (column),
+        broadcastable to (B, heads, L, keys), the context's keys first; context (B, M, context_width);
+        cache: a dict that holds the keys and values so far, and is updated."""
+        q, k, v = self.qkv(x).chunk(3, dim=-1)                       # each (B, L, width)
+        if context is not None:
+            k_context, v_context = self.context_kv(context).chunk(2, dim=-1)
+            k, v = torch.cat([k_context, k], 1), torch.cat([v_context, v], 1)
+        if cache is not None:
+            if "k" in cache:
+                k, v = torch.cat([cache["k"], k], 1), torch.cat([cache["v"], v], 1)
+            cache["k"], cache["v"] = k, v
+        q, k, v = (a.unflatten(-1, (self.heads, -1)).transpose(1, 2) for a in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, heads, L, width/heads)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """Pre-norm Transformer block: x + attention, then x + MLP."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.norm_1, self.attention = nn.LayerNorm(width), Attention(width, heads)
+        self.norm_2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x, mask=None, cache=None):
+        x = x + self.attention(self.norm_1(x), mask, cache=cache)
+        return x + self.mlp(self.norm_2(x))
+
+
+class Transformer(nn.Module):
+    """`depth` blocks and a final norm; heads are 32 wide."""
+
+    def __init__(self, width, depth):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(width, width // 32) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        for block in self.blocks:          # GPT-2's rule: the residual sum starts out no wider
+            for linear in (block.attention.out, block.mlp[2]):
+                nn.init.normal_(linear.weight, std=(2 * depth * width) ** -0.5)
+                nn.init.zeros_(linear.bias)
+
+    def forward(self, x, mask=None, caches=None):
+        """x (B, L, width) → the same; mask as in Attention; caches: one dict a block, or None."""
+        for k, block in enumerate(self.blocks):
+            x = block(x, mask, caches[k] if caches else None)
+        return self.norm(x)
+
+
+def causal_mask(length, device=None):
+    """(length, length) bool: position i sees positions ≤ i."""
+    return torch.ones(length, length, dtype=torch.bool, device=device).tril()
+
+
+class TextEncoder(nn.Module):
+    """Tokens embedded and read by a causal Transformer: CLIP's text tower, and the decoder's.
+
+    Being causal, it never lets padding, which comes last, influence a token of the text.
+    """
+
+    def __init__(self, vocab, context, width, depth):
+        super().__init__()
+        self.token = nn.Embedding(vocab, width)
+        self.position = nn.Parameter(torch.randn(context, width) * 0.02)
+        self.transformer = Transformer(width, depth)
+        nn.init.normal_(self.token.weight, std=0.02)
+
+    def forward(self, tokens):
+        """tokens (B, L) → all outputs (B, L, width), and the one at the end of the text (B, width)."""
+        L = tokens.shape[1]
+        x = self.token(tokens) + self.position[:L]                   # (B, L, width)
+        x = self.transformer(x, causal_mask(L, x.device))
+        end = (tokens == EOT).long().argmax(dim=1)
+        return x, x[torch.arange(len(x), device=x.device), end]
+
+
+# ---- CLIP ------------------------------------------------------------------------------------
+
+@dataclass
+class CLIPConfig:
+    """What CLIP's weights depend on. The defaults are the small size, for rendered shapes."""
+    image_size: int = 32     # pixels a side
+    patch: int = 8           # pixels a side that become one image token; a power of two
+    width: int = 128         # of the image tower
+    depth: int = 4
+    text_width: int = 128
+    text_depth: int = 3
+    dim: int = 64            # of z_i and z_t, the paper's D
+    vocab: int = 0           # of the tokenizer that belongs to these weights
+    context: int = 64        # most tokens of a caption
+
+
+class CLIP(nn.Module):
+    """Two towers into one space of unit vectors (Radford et al. 2021; unCLIP's app. C).
+
+    differs from the paper: trained with AdamW, not with SAM; and the image tower is read by the mean
+    of its outputs, not at a class token.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        # differs from the paper: a ViT's patches are cut by one linear map; here by a few strided
+        # convolutions, with which so small a ViT learns far more in the same minutes.
+        halvings = int(math.log2(c.patch))
+        widths = [min(c.width, c.width // 4 * 2 ** k) for k in range(halvings + 1)]  # e.g. 32, 64, 128, 128
+        stem = [nn.Conv2d(3, widths[0], 3, padding=1)]
+        for w_in, w_out in zip(widths, widths[1:]):
+            stem += [nn.GELU(), nn.Conv2d(w_in, w_out, 3, stride=2, padding=1)]
+        self.stem = nn.Sequential(*stem)
+        self.position = nn.Parameter(torch.randn((c.image_size // c.patch) ** 2, c.width) * 0.02)
+        self.image_transformer = Transformer(c.width, c.depth)
+        self.text = TextEncoder(c.vocab, c.context, c.text_width, c.text_depth)
+        self.image_projection = nn.Linear(c.width, c.dim, bias=False)
+        self.text_projection = nn.Linear(c.text_width, c.dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    def encode_image(self, x):
+        """x (B, 3, H, W) in [-1, 1] → z_i (B, D), unit norm."""
+        patches = self.stem(x).flatten(2).transpose(1, 2)            # (B, patches, width)
+        h = self.image_transformer(patches + self.position)
+        return F.normalize(self.image_projection(h.mean(dim=1)).float(), dim=-1)
+
+    def encode_text(self, tokens):
+        """tokens (B, L) → z_t (B, D), unit norm: the activation at the end of the text, projected."""
+        _, end = self.text(tokens)
+        return F.normalize(self.text_projection(end).float(), dim=-1)
+
+    def loss(self, x, tokens):
+        """Symmetric contrastive cross-entropy of B pairs: x (B, 3, H, W), tokens (B, L); a scalar.
+
+        Captions repeat within a batch. All pictures of one caption are right answers for it, and
+        share the target's mass, so that equal captions are not pushed apart.
+        """
+        z_i, z_t = self.encode_image(x), self.encode_text(tokens)    # (B, D) each
+        with torch.autocast(x.device.type, enabled=False):           # cosines need float32
+            logits = self.logit_scale.clamp(max=math.log(100)).exp() * (z_i @ z_t.T)
+        _, caption = tokens.unique(dim=0, return_inverse=True)
+        same = (caption[:, None] == caption[None]).float()
+        target = same / same.sum(dim=1, keepdim=True)
+        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
