@@ -1,0 +1,336 @@
+"""p(z_i | y): the image embedding that a caption may have (paper, sec. 2.2), by diffusion or token by token.
+
+A caption fits many pictures, so it has many z_i. A prior draws one of them, given the caption's tokens
+and z_t, the caption's own embedding. Both priors of the paper are here, with one face:
+
+    loss(z_i, z_t, tokens, …)      training objective, from true pairs
+    sample(z_t, tokens, …)         z_i, unit norm, one for each caption
+
+CLIP itself is nowhere in this file: embeddings and tokens come in as tensors. Next chapter: decoder.py.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from clip_tiny import PAD, Transformer, causal_mask
+from diffusion import Diffusion, guided, timestep_embedding
+
+TEXT_DROP = 0.1          # how often training hides the caption, for guidance (sec. 2.2)
+
+
+class Caption(nn.Module):
+    """The beginning of both priors' sequences: [caption tokens | z_t], or learnt nulls if dropped.
+
+    differs from the paper: it says "encoded text"; the tokens are embedded here, straight into the
+    prior's own Transformer, which the paper's parameter counts suggest as well.
+    """
+
+    def __init__(self, vocab, context, dim, width):
+        super().__init__()
+        self.token = nn.Embedding(vocab, width)
+        self.position = nn.Parameter(torch.randn(context, width) * 0.02)
+        self.z_t = nn.Linear(dim, width)
+        self.null_z_t = nn.Parameter(torch.randn(width) * 0.02)
+        self.scale = dim ** 0.5              # unit vectors → coordinates of about unit variance
+        nn.init.normal_(self.token.weight, std=0.02)
+
+    def forward(self, z_t, tokens, drop):
+        """z_t (B, D), tokens (B, L), drop (B,) bool → (B, L + 1, width), and which may be seen, bool.
+
+        Where a caption is dropped nothing of it can be seen, not even its length.
+        """
+        text = self.token(tokens) + self.position[:tokens.shape[1]]               # (B, L, width)
+        z_t = torch.where(drop[:, None], self.null_z_t, self.z_t(z_t * self.scale))
+        visible = (tokens != PAD) & ~drop[:, None]                                # (B, L)
+        return torch.cat([text, z_t[:, None]], 1), F.pad(visible, (0, 1), value=True)
+
+
+def causal_mask_of(visible, length):
+    """visible (B, P), for the first P of `length` positions → (B, 1, length, length) bool mask.
+
+    Causal, and hiding what is not visible; each position sees itself, so that no row is empty.
+    """
+    visible = F.pad(visible, (0, length - visible.shape[1]), value=True)
+    itself = torch.eye(length, dtype=torch.bool, device=visible.device)
+    return (causal_mask(length, visible.device) & visible[:, None] | itself)[:, None]
+
+
+# ---- The diffusion prior -----------------------------------------------------------------------
+
+@dataclass
+class DiffusionPriorConfig:
+    """What the weights depend on, and how they are best sampled."""
+    dim: int                 # of z_i and z_t
+    vocab: int               # of CLIP's tokenizer
+    context: int             # most tokens of a caption
+    width: int = 192
+    depth: int = 5
+    steps: int = 64          # of sampling
+    eta: float = 0.0
+    guidance: float = 1.0    # the paper found that guiding the prior hurts
+
+
+class DiffusionPrior(nn.Module):
+    """A causal Transformer that un-noises z_i (sec. 2.2).
+
+    differs from the paper: it is sampled by plain DDIM, not with Analytic-DPM's variance.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        # The paper scales z_i by 17.2 = 0.5375·√1024: a coordinate of a unit vector has standard
+        # deviation 1/√D, so this gives 0.5375 for any D, that of pixels in [-1, 1]. It lives here only.
+        self.scale = 0.5375 * c.dim ** 0.5
+        self.diffusion = Diffusion(predict="x_0")        # the paper: better than predicting eps
+        self.caption = Caption(c.vocab, c.context, c.dim, c.width)
+        self.time = nn.Sequential(nn.Linear(c.width, c.width), nn.SiLU(), nn.Linear(c.width, c.width))
+        self.z_i = nn.Linear(c.dim, c.width)
+        self.final = nn.Parameter(torch.randn(c.width) * 0.02)
+        self.position = nn.Parameter(torch.randn(4, c.width) * 0.02)     # z_t, t, z_i_t, final
+        self.transformer = Transformer(c.width, c.depth)
+        self.out = nn.Linear(c.width, c.dim)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, z_i_t, t, z_t, tokens, drop):
+        """The network f: the un-noised, scaled z_i. z_i_t (B, D) noised, scaled; t (B,); z_t (B, D);
+        tokens (B, L); drop (B,) bool, whose captions to hide."""
+        prefix, visible = self.caption(z_t, tokens, drop)                        # (B, L + 1, width)
+        time = self.time(timestep_embedding(t, self.config.width))               # (B, width)
+        final = self.final.expand_as(time)
+        tail = torch.stack([time, self.z_i(z_i_t), final], 1)                    # (B, 3, width)
+        x = torch.cat([prefix[:, :-1], torch.cat([prefix[:, -1:], tail], 1) + self.position], 1)
+        h = self.transformer(x, causal_mask_of(visible, x.shape[1]))             # (B, L + 4, width)
+        return self.out(h[:, -1])                                                # (B, D)
+
+    def loss(self, z_i, z_t, tokens, generator=None):
+        """‖f(z_i^(t), t, y) − z_i‖² at random t, the caption hidden 10 % of the time; a scalar."""
+        B, device = len(z_i), z_i.device
+        t = torch.randint(1, self.diffusion.T + 1, (B,), device=device, generator=generator)
+        eps = torch.randn(z_i.shape, device=device, generator=generator)
+        drop = torch.rand(B, device=device, generator=generator) < TEXT_DROP
+        f = lambda z_i_t, t: self(z_i_t, t, z_t, tokens, drop)
+        return self.diffusion.loss(f, z_i * self.scale, t, eps)
+
+    @torch.no_grad()
+    def sample(self, z_t, tokens, noise, candidates=2, guidance=None, steps=None, eta=None):
+        """z_t (B, D), tokens (B, L) → z_i (B, D), unit norm.
+
+        noise(): (B·candidates, D) standard normal, a caption's candidates side by side. Of each
+        caption's candidates the one with the largest z_t·z_i is kept: two in the paper, 1 for an
+        unbiased sample.
+        """
+        c = self.config
+        guidance, steps, eta = (a if b is None else b for a, b in
+                                zip((c.guidance, c.steps, c.eta), (guidance, steps, eta)))
+        z_t, tokens = (a.repeat_interleave(candidates, 0) for a in (z_t, tokens))
+        keep = torch.zeros(len(z_t), dtype=torch.bool, device=z_t.device)
+        f = guided(self, guidance, (z_t, tokens, keep), (z_t, tokens, ~keep))
+        z_i = self.diffusion.sample(f, noise(), steps, eta, noise)
+        z_i = F.normalize(z_i, dim=-1)
+        best = (z_i * z_t).sum(-1).view(-1, candidates).argmax(dim=1)
+        return z_i.view(len(best), candidates, -1)[torch.arange(len(best), device=best.device), best]
+
+
+# ---- The autoregressive prior --------------------------------------------------------------------
+
+@dataclass
+class ARPriorConfig:
+    """What the weights depend on, and how they are best sampled."""
+    dim: int                 # of z_i and z_t
+    vocab: int               # of CLIP's tokenizer
+    context: int             # most tokens of a caption
+    components: int          # PCA components, one code each
+    buckets: int = 64        # values a code may have
+    dot_buckets: int = 32    # values the quantised z_i·z_t may have
+    width: int = 192
+    depth: int = 4
+    temperature: float = 1.0
+    guidance: float = 1.0
+
+
+class PCATokens(nn.Module):
+    """z_i as a few integers, and back (sec. 2.2): PCA, then each component put into a bucket.
+
+    The buckets of a component hold equally many training embeddings each (the paper leaves the edges
+    open), and decode to the mean of what they hold. All of it is state, saved with the prior.
+    """
+
+    def __init__(self, dim, components, buckets):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("axes", torch.zeros(components, dim))
+        self.register_buffer("edges", torch.zeros(components, buckets - 1))
+        self.register_buffer("centres", torch.zeros(components, buckets))
+
+    @staticmethod
+    def principal(z_i):
+        """z_i (N, D) → mean (D,), axes (D, D) by decreasing eigenvalue, and the eigenvalues (D,).
+
+        Centred: unit embeddings share a large mean, which would otherwise cost a component and make
+        the paper's 1 % rule easy to meet without keeping what tells pictures apart.
+        """
+        mean = z_i.double().mean(dim=0)
+        centred = z_i.double() - mean
+        values, axes = torch.linalg.eigh(centred.T @ centred / len(z_i))
+        return mean.float(), axes.T.flip(0).float(), values.flip(0).clamp(min=0).float()
+
+    @staticmethod
+    def components_needed(eigenvalues, error=0.01):
+        """The paper's rule: the fewest components whose relative reconstruction error is below 1 %."""
+        left = 1 - eigenvalues.double().cumsum(0) / eigenvalues.double().sum()
+        return int((left >= error).sum()) + 1
+
+    def fit(self, z_i):
+        """Take mean, axes, edges and centres from training embeddings z_i (N, D)."""
+        k, buckets = self.centres.shape
+        z_i = z_i.repeat(math.ceil(buckets / len(z_i)), 1)      # of too few, or a bucket would be empty
+        mean, axes, _ = self.principal(z_i)
+        self.mean.copy_(mean)
+        self.axes.copy_(axes[:k])
+        values = ((z_i - mean) @ axes[:k].T).sort(dim=0).values                 # (N, k), each sorted
+        cuts = torch.arange(1, buckets, device=z_i.device) * len(z_i) // buckets
+        self.edges.copy_(values[cuts].T)
+        groups = torch.tensor_split(values, cuts.tolist())
+        self.centres.copy_(torch.stack([group.mean(dim=0) for group in groups], dim=1))
+        return self
+
+    def encode(self, z_i):
+        """z_i (B, D) → codes (B, components) long, the most telling component first."""
+        values = (z_i - self.mean) @ self.axes.T                                # (B, k)
+        return torch.searchsorted(self.edges, values.T.contiguous(), right=True).T
+
+    def decode(self, codes):
+        """codes (B, components) → z_i (B, D), unit norm."""
+        values = self.centres.gather(1, codes.T).T                              # (B, k)
+        return F.normalize(values @ self.axes + self.mean, dim=-1)
+
+
+class ARPrior(nn.Module):
+    """A causal Transformer that writes z_i down as codes, one after another (sec. 2.2).
+
+    Sequence: [caption tokens | z_t | dot | code 1 | … | code k]. The dot is the quantised z_i·z_t. How
+    can a function of z_i be an input, when z_i is what we are after? Read it as the first code: it
+    says how well the picture fits its caption, and the codes after it are drawn given that. Training
+    shows the true one. A sampler may draw it like any code, from p(dot | y): then z_i follows
+    p(z_i | y); or choose it among the upper half of all values: then it asks for good fits.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        self.pca = PCATokens(c.dim, c.components, c.buckets)
+        self.register_buffer("dot_edges", torch.zeros(c.dot_buckets - 1))
+        self.caption = Caption(c.vocab, c.context, c.dim, c.width)
+        self.dot = nn.Embedding(c.dot_buckets, c.width)
+        self.code = nn.Embedding(c.components * c.buckets, c.width)     # each place has its own codes
+        self.position = nn.Parameter(torch.randn(c.components + 2, c.width) * 0.02)  # z_t, dot, codes
+        self.transformer = Transformer(c.width, c.depth)
+        self.dot_logits = nn.Linear(c.width, c.dot_buckets)
+        self.code_logits = nn.Parameter(torch.zeros(c.components, c.width, c.buckets))
+        for table in (self.dot, self.code):
+            nn.init.normal_(table.weight, std=0.02)
+
+    def fit(self, z_i, z_t):
+        """Take the PCA, the buckets and the dot's edges from training pairs, (N, D) each."""
+        self.pca.fit(z_i)
+        dots, n = (z_i * z_t).sum(-1).sort().values, self.config.dot_buckets
+        self.dot_edges.copy_(dots[torch.arange(1, n, device=dots.device) * len(dots) // n])
+        return self
+
+    def embed(self, codes, first=0):
+        """codes (B, n) of the components first … first + n − 1 → (B, n, width)."""
+        places = torch.arange(first, first + codes.shape[1], device=codes.device)
+        return self.code(codes + places * self.config.buckets) + self.position[2 + places]
+
+    def prefix(self, z_t, tokens, drop):
+        """[caption tokens | z_t] (B, L + 1, width), and which of it may be seen."""
+        x, visible = self.caption(z_t, tokens, drop)
+        return torch.cat([x[:, :-1], x[:, -1:] + self.position[0]], 1), visible
+
+    def forward(self, z_t, tokens, dot, codes, drop):
+        """Logits of the dot (B, dot_buckets) and of every code given all before it (B, k, buckets).
+
+        z_t (B, D); tokens (B, L); dot (B,) long; codes (B, k) long; drop (B,) bool, captions to hide.
+        """
+        prefix, visible = self.prefix(z_t, tokens, drop)
+        dot = (self.dot(dot) + self.position[1])[:, None]
+        x = torch.cat([prefix, dot, self.embed(codes[:, :-1])], 1)               # (B, L + 1 + k, width)
+        h = self.transformer(x, causal_mask_of(visible, x.shape[1]))[:, tokens.shape[1]:]
+        return self.dot_logits(h[:, 0]), torch.einsum("bkw,kwv->bkv", h[:, 1:], self.code_logits)
+
+    def loss(self, z_i, z_t, tokens, generator=None):
+        """Cross-entropy of the codes and the dot, the caption hidden 10 % of the time; a scalar, in
+        nats a symbol (log `buckets` is chance)."""
+        with torch.autocast(z_i.device.type, enabled=False):         # bfloat16 would blur the codes
+            codes, dot = self.pca.encode(z_i), torch.bucketize((z_i * z_t).sum(-1), self.dot_edges)
+        drop = torch.rand(len(z_i), device=z_i.device, generator=generator) < TEXT_DROP
+        dot_logits, code_logits = self(z_t, tokens, dot, codes, drop)
+        symbols = codes.numel() + dot.numel()
+        return (F.cross_entropy(code_logits.flatten(0, 1).float(), codes.flatten(), reduction="sum")
+                + F.cross_entropy(dot_logits.float(), dot, reduction="sum")) / symbols
+
+    @torch.no_grad()
+    def sample(self, z_t, tokens, generators=None, top_half=True, guidance=None, temperature=None,
+               cached=True):
+        """z_t (B, D), tokens (B, L) → z_i (B, D), unit norm.
+
+        top_half: draw the dot from the upper half of its training distribution (the paper's choice),
+        else from the model's own p(dot | y), for an unbiased sample. generators: one CPU generator a
+        row, or None for torch's own. cached: keep keys and values, or recompute them at each code.
+        """
+        c, (B, L), device = self.config, tokens.shape, tokens.device
+        s = c.guidance if guidance is None else guidance
+        temperature = c.temperature if temperature is None else temperature
+        draw = lambda logits: self.draw(guide(logits, s), generators, temperature)
+        drop = torch.zeros(B, dtype=torch.bool, device=device)
+        if s != 1:                                          # guidance's null half runs beside the other
+            z_t, tokens, drop = torch.cat([z_t, z_t]), torch.cat([tokens, tokens]), torch.cat([~drop, drop])
+        again = lambda a: torch.cat([a, a]) if s != 1 else a
+        x, visible = self.prefix(z_t, tokens, drop)
+        caches = [{} for _ in range(c.depth)] if cached else None
+        mask = causal_mask_of(visible, L + 1 + c.components)
+        h = self.step(x, mask, caches)
+        if top_half:                                        # all buckets are equally likely in training
+            upper = torch.arange(c.dot_buckets, device=device) >= c.dot_buckets // 2
+            dot = self.draw(upper.float().log().expand(B, -1), generators, 1)
+        else:
+            dot = draw(self.dot_logits(h))
+        new = (self.dot(again(dot)) + self.position[1])[:, None]
+        codes = torch.zeros(B, 0, dtype=torch.long, device=device)
+        for k in range(c.components):
+            x = torch.cat([x, new], 1)
+            h = self.step(x, mask, caches)
+            codes = torch.cat([codes, draw(h @ self.code_logits[k])[:, None]], 1)
+            new = self.embed(again(codes[:, -1:]), k)
+        return self.pca.decode(codes)
+
+    def step(self, x, mask, caches):
+        """The last output (B, width) for the sequence x; with caches, only what is new in x is run."""
+        seen = caches[0]["k"].shape[1] if caches and caches[0] else 0
+        return self.transformer(x[:, seen:], mask[:, :, seen:x.shape[1], :x.shape[1]], caches)[:, -1]
+
+    @staticmethod
+    def draw(logits, generators, temperature):
+        """One value a row of logits (B, n), by the Gumbel trick; temperature 0 takes the largest."""
+        if temperature == 0:
+            return logits.argmax(dim=-1)
+        if generators is None:
+            u = torch.rand(logits.shape, device=logits.device)
+        else:
+            u = torch.stack([torch.rand(logits.shape[1:], generator=g) for g in generators])
+        gumbel = -torch.log(-torch.log(u.to(logits.device).clamp(1e-20, 1 - 1e-7)))
+        return (logits.float() / temperature + gumbel).argmax(dim=-1)
+
+
+def guide(logits, s):
+    """Classifier-free guidance on logits (2·B, n), null half first → (B, n); s = 1 has no null half."""
+    if s == 1:
+        return logits
+    null, cond = logits.chunk(2)
+    return null + s * (cond - null)
