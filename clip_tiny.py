@@ -19,7 +19,7 @@ import torch.nn.functional as F
 # ---- Tokenizer -------------------------------------------------------------------------------
 
 PAD, SOT, EOT = 0, 1, 2                        # padding, start of text, end of text
-BYTES = 3                                      # ids 3..258 are the 256 bytes; merges come after them
+BYTES = 3                                      # ids 3..258 are the 256 bytes; merges come after
 
 
 class Tokenizer:
@@ -41,8 +41,9 @@ class Tokenizer:
         """Learn merges from an iterable of strings, until `vocab` ids or no pair occurs twice."""
         counts = Counter(piece for caption in captions for piece in pieces(caption))
         words = {piece.strip() for piece in counts}
-        spelt = [([BYTES + b for b in piece.encode(errors="replace")], n) for piece, n in counts.items()]
-        pairs, where = Counter(), defaultdict(set)          # a pair's count, and the pieces it is in
+        spelt = [([BYTES + b for b in piece.encode(errors="replace")], n)
+                 for piece, n in counts.items()]
+        pairs, where = Counter(), defaultdict(set)        # a pair's count, and the pieces it is in
         for i, (ids, n) in enumerate(spelt):
             for pair in zip(ids, ids[1:]):
                 pairs[pair] += n
@@ -75,7 +76,7 @@ class Tokenizer:
         return ids
 
     def __call__(self, texts, truncate=False):
-        """Texts → (B, L) long: start, tokens, end, padding; L is the longest text's length ≤ context.
+        """Texts → (B, L) long: start, tokens, end, padding; L is the longest text's length.
 
         Raises ValueError for an empty text, or one too long unless truncate.
         """
@@ -85,14 +86,14 @@ class Tokenizer:
             if len(ids) == 2 and not truncate:
                 raise ValueError("the prompt is empty: describe a picture, as in \"a red cube\"")
             if len(ids) > self.context and not truncate:
-                raise ValueError(f"the prompt \"{text[:40]}…\" has {len(ids)} tokens, the model reads "
-                                 f"{self.context}: shorten it")
+                raise ValueError(f"the prompt \"{text[:40]}…\" has {len(ids)} tokens, the model "
+                                 f"reads {self.context}: shorten it")
             rows.append(ids[:self.context - 1] + [EOT] if len(ids) > self.context else ids)
         length = max(len(ids) for ids in rows)
         return torch.tensor([ids + [PAD] * (length - len(ids)) for ids in rows])
 
     def decode(self, ids):
-        """The text of a sequence of token ids (spaces and case as the tokenizer normalises them)."""
+        """The text of a sequence of token ids (spaces and case normalised)."""
         def spell(i):
             if i < BYTES + 256:
                 return bytes([i - BYTES]) if i >= BYTES else b""
@@ -111,7 +112,7 @@ class Tokenizer:
 
 
 def pieces(text):
-    """Lower-case words and marks, each with the space before it; their concatenation is the text."""
+    """Lower-case words and marks, each with the space before it; joined, they are the text."""
     return re.findall(r" \w+| [^\w\s]+|\w+|[^\w\s]+", " " + " ".join(text.lower().split()))
 
 
@@ -146,8 +147,8 @@ class Attention(nn.Module):
 
     def forward(self, x, mask=None, context=None, cache=None):
         """x (B, L, width) → the same; mask: bool, True where a query (row) may see a key (column),
-        broadcastable to (B, heads, L, keys), the context's keys first; context (B, M, context_width);
-        cache: a dict that holds the keys and values so far, and is updated."""
+        broadcastable to (B, heads, L, keys), the context's keys first; context (B, M,
+        context_width); cache: a dict that holds the keys and values so far, and is updated."""
         q, k, v = self.qkv(x).chunk(3, dim=-1)                       # each (B, L, width)
         if context is not None:
             k_context, v_context = self.context_kv(context).chunk(2, dim=-1)
@@ -168,7 +169,8 @@ class Block(nn.Module):
         super().__init__()
         self.norm_1, self.attention = nn.LayerNorm(width), Attention(width, heads)
         self.norm_2 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(),
+                                 nn.Linear(4 * width, width))
 
     def forward(self, x, mask=None, cache=None):
         x = x + self.attention(self.norm_1(x), mask, cache=cache)
@@ -213,7 +215,7 @@ class TextEncoder(nn.Module):
         nn.init.normal_(self.token.weight, std=0.02)
 
     def forward(self, tokens):
-        """tokens (B, L) → all outputs (B, L, width), and the one at the end of the text (B, width)."""
+        """tokens (B, L) → all outputs (B, L, width), and that at the text's end (B, width)."""
         L = tokens.shape[1]
         x = self.token(tokens) + self.position[:L]                   # (B, L, width)
         x = self.transformer(x, causal_mask(L, x.device))
@@ -240,8 +242,8 @@ class CLIPConfig:
 class CLIP(nn.Module):
     """Two towers into one space of unit vectors (Radford et al. 2021; unCLIP's app. C).
 
-    differs from the paper: trained with AdamW, not with SAM; and the image tower is read by the mean
-    of its outputs, not at a class token.
+    differs from the paper: trained with AdamW, not with SAM; and the image tower is read by
+    the mean of its outputs, not at a class token.
     """
 
     def __init__(self, config):
@@ -250,7 +252,8 @@ class CLIP(nn.Module):
         # differs from the paper: a ViT's patches are cut by one linear map; here by a few strided
         # convolutions, with which so small a ViT learns far more in the same minutes.
         halvings = int(math.log2(c.patch))
-        widths = [min(c.width, c.width // 4 * 2 ** k) for k in range(halvings + 1)]  # e.g. 32, 64, 128, 128
+        first = c.width // 2 ** min(halvings, 2)                     # e.g. 32, then 64, 128, 128
+        widths = [min(c.width, first * 2 ** k) for k in range(halvings + 1)]
         stem = [nn.Conv2d(3, widths[0], 3, padding=1)]
         for w_in, w_out in zip(widths, widths[1:]):
             stem += [nn.GELU(), nn.Conv2d(w_in, w_out, 3, stride=2, padding=1)]
@@ -269,7 +272,7 @@ class CLIP(nn.Module):
         return F.normalize(self.image_projection(h.mean(dim=1)).float(), dim=-1)
 
     def encode_text(self, tokens):
-        """tokens (B, L) → z_t (B, D), unit norm: the activation at the end of the text, projected."""
+        """tokens (B, L) → z_t (B, D), unit norm: the activation at the text's end, projected."""
         _, end = self.text(tokens)
         return F.normalize(self.text_projection(end).float(), dim=-1)
 

@@ -93,7 +93,8 @@ class UNet(nn.Module):
             self.up.append(nn.ModuleList(Level(2 * C, C, emb_width, attends) for _ in range(n)))
             if k > 0:
                 self.grow.append(nn.Conv2d(C, channels[k - 1], 3, padding=1))
-        self.norm, self.out = nn.GroupNorm(8, channels[0]), nn.Conv2d(channels[0], c_out, 3, padding=1)
+        self.norm = nn.GroupNorm(8, channels[0])
+        self.out = nn.Conv2d(channels[0], c_out, 3, padding=1)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
@@ -156,7 +157,7 @@ class Decoder(nn.Module):
         # differs from the paper: it predicts eps, and learns the sampler's variance. A target of v
         # weighs all noise levels alike, which suits a short training; DDIM needs no variance.
         self.diffusion = Diffusion(predict=c.predict)
-        self.scale = c.dim ** 0.5                        # unit vector → coordinates of unit variance
+        self.scale = c.dim ** 0.5              # unit vector → coordinates of unit variance
         self.null_z_i = nn.Parameter(torch.zeros(c.dim))
         self.null_text = nn.Parameter(torch.zeros(c.emb_width))
         self.z_i_emb = nn.Linear(c.dim, c.emb_width)
@@ -170,7 +171,8 @@ class Decoder(nn.Module):
         drop_z_i, drop_text (B,) bool: whose condition to hide. → (B, 3, H, W)"""
         z_i = torch.where(drop_z_i[:, None], self.null_z_i, z_i * self.scale)
         text, end = self.text(tokens)                                    # (B, L, C), (B, C)
-        emb = self.z_i_emb(z_i) + torch.where(drop_text[:, None], self.null_text, self.text_emb(end))
+        text_emb = torch.where(drop_text[:, None], self.null_text, self.text_emb(end))
+        emb = self.z_i_emb(z_i) + text_emb                               # (B, emb_width)
         z_i_tokens = self.z_i_tokens(z_i).unflatten(1, (Z_I_TOKENS, -1))
         context = torch.cat([z_i_tokens, text], dim=1)                   # (B, 4 + L, C)
         visible = (tokens != PAD) & ~drop_text[:, None]
@@ -179,7 +181,7 @@ class Decoder(nn.Module):
     def loss(self, x, z_i, tokens, generator=None):
         """Error of the prediction at random t, with z_i hidden 10 %, the caption 50 % of the time.
 
-        x (B, 3, H, W) in [-1, 1]; z_i (B, D) is the true one of x, never a prior's sample; a scalar.
+        x (B, 3, H, W) in [-1, 1]; z_i (B, D) is the true one of x, never a prior's; a scalar.
         """
         B, device = len(x), x.device
         rand = lambda: torch.rand(B, device=device, generator=generator)
@@ -192,7 +194,7 @@ class Decoder(nn.Module):
     def predictor(self, z_i, tokens, guidance=1.0):
         """f(x_t, t) for the sampler and the inversion, guided by s = guidance.
 
-        z_i (B, D) or None, tokens (B, L) or None: None is the null. Guidance's null half drops both.
+        z_i (B, D) or None, tokens (B, L) or None: None is the null. Guidance's null drops both.
         """
         given = z_i if z_i is not None else tokens
         B, device = len(given), given.device
@@ -209,7 +211,7 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def sample(self, z_i, tokens, noise, guidance=None, steps=None, eta=None):
-        """z_i (B, D) (or z_t in its place, or None), tokens (B, L) or None → x (B, 3, H, W) in [-1, 1].
+        """z_i (B, D) (or z_t in its place, or None), tokens (B, L) or None → x (B, 3, H, W).
 
         noise(): (B, 3, H, W) standard normal, drawn once, and again at each step if eta > 0.
         """
@@ -261,7 +263,7 @@ class Upsampler(nn.Module):
         B, S, device, k = len(x), x.shape[-1], x.device, self.config.factor
         low = self.enlarge(blur(F.avg_pool2d(x, k)))
         rand = lambda: torch.rand(B, device=device, generator=generator)
-        side = S // 4                       # crops start on a small pixel's edge, as whole pictures do
+        side = S // 4                    # crops start on a small pixel's edge, as whole pictures do
         rows, columns = ((rand() * ((S - side) // k + 1)).long() * k for _ in range(2))
         i = torch.arange(side, device=device)
         where = (torch.arange(B, device=device)[:, None, None], slice(None),
@@ -273,7 +275,7 @@ class Upsampler(nn.Module):
 
     @torch.no_grad()
     def sample(self, low, noise, steps=None, eta=None):
-        """low (B, 3, h, w) in [-1, 1] → (B, 3, h·factor, w·factor) in [-1, 1]; noise() of that shape."""
+        """low (B, 3, h, w) in [-1, 1] → (B, 3, h·factor, w·factor); noise() of that shape."""
         c = self.config
         steps, eta = c.steps if steps is None else steps, c.eta if eta is None else eta
         low = self.enlarge(low)

@@ -1,8 +1,9 @@
 """Noise and its reversal: the one diffusion process of the prior, the decoder and the upsampler.
 
-The paper diffuses embeddings (sec. 2.2) and pixels (sec. 2.1) with the same cosine schedule. So does
-this file, which knows no network: a model is handed over as a function f(x_t, t), and a "batch" is
-any tensor whose first axis counts samples, vectors (B, D) as well as images (B, C, H, W).
+The paper diffuses embeddings (sec. 2.2) and pixels (sec. 2.1) with the same cosine schedule. So
+does this file, which knows no network: a model is handed over as a function f(x_t, t), and a
+"batch" is any tensor whose first axis counts samples, vectors (B, D) as well as images (B, C, H,
+W).
 
 Time runs from 0, the data, to T, noise. In this project the t of z_t means *text*; a noised image
 embedding is called z_i_t. Next chapter: clip_tiny.py.
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 
 
 def cosine_alphas_bar(T):
-    """alphas_bar[0..T] of the cosine schedule (Nichol & Dhariwal 2021), float64, alphas_bar[0] = 1."""
+    """alphas_bar[0..T] of the cosine schedule (Nichol & Dhariwal 2021), float64; [0] is 1."""
     t = torch.arange(T + 1, dtype=torch.float64) / T
     f = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
     betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)      # else the last step would destroy everything
@@ -38,7 +39,7 @@ class Diffusion:
 
     def signal_and_noise(self, t, like):
         """√ᾱ_t and √(1−ᾱ_t), shaped to multiply `like`; t: a step, or (B,) steps, in 0..T."""
-        roots = self.roots.to(like.dtype).to(like.device)[:, t]      # in this order: MPS has no float64
+        roots = self.roots.to(like.dtype).to(like.device)[:, t]  # in this order: MPS has no float64
         return roots.view(2, -1, *[1] * (like.dim() - 1))
 
     # ---- Training --------------------------------------------------------------------------
@@ -66,10 +67,11 @@ class Diffusion:
     # ---- Sampling --------------------------------------------------------------------------
 
     def grid(self, steps):
-        """The steps T = t_n > … > t_1 > t_0 = 0 that a sampler visits, as a list of steps + 1 numbers.
+        """The steps T = t_n > … > t_1 > t_0 = 0 that a sampler visits: a list of steps + 1 numbers.
 
-        The grid is denser near 0 (t_k ∝ k²): the data's narrow directions are decided there. On data
-        of standard deviation 0.1, 25 steps keep 84 % of the variance (an even grid: 56 %), 64 keep 94 %.
+        The grid is denser near 0 (t_k ∝ k²): the data's narrow directions are decided there. On
+        data of standard deviation 0.1, 25 steps keep 84 % of the variance (an even grid: 56 %), and
+        64 keep 94 %.
         """
         if not 1 <= steps <= self.T:
             raise ValueError(f"{steps} sampling steps: choose from 1 to {self.T}")
@@ -106,13 +108,13 @@ class Diffusion:
 
     @torch.no_grad()
     def invert(self, f, x_0, steps, iterations=3):
-        """DDIM inversion: the x_T from which `sample(f, x_T, steps)` gives x_0 back (paper, sec. 3).
+        """DDIM inversion: the x_T from which `sample(f, x_T, steps)` gives x_0 back (sec. 3).
 
-        With √ᾱ = cos φ and √(1−ᾱ) = sin φ, a step of the sampler from x_t to x_s turns by δ = φ_t − φ_s:
-        x_s = cos δ x_t − sin δ v(x_t, t). Its reverse asks for v at the x_t that is sought, so it is a
-        fixed point: start from x_s and iterate (on v, not on eps: at high noise eps(x_t) is about x_t,
-        and the iteration would stand still). One iteration is the usual inversion. Needs the sampler's
-        own f, unguided, and no clipping.
+        With √ᾱ = cos φ and √(1−ᾱ) = sin φ, a step of the sampler from x_t to x_s turns by δ = φ_t −
+        φ_s: x_s = cos δ x_t − sin δ v(x_t, t). Its reverse asks for v at the x_t that is sought, so
+        it is a fixed point: start from x_s and iterate (on v, not on eps: at high noise eps(x_t) is
+        about x_t, and the iteration would stand still). One iteration is the usual inversion. Needs
+        the sampler's own f, unguided, and no clipping.
         """
         x_t, grid = x_0, self.grid(steps)[::-1]
         angles = self.alphas_bar.sqrt().acos().tolist()
@@ -127,12 +129,12 @@ class Diffusion:
 
 
 def guided(f, s, conditions, nulls):
-    """Classifier-free guidance (paper, sec. 2.1): f's prediction pushed from the null to the condition.
+    """Classifier-free guidance (sec. 2.1): f's prediction pushed from the null to the condition.
 
     f(x_t, t, *conditions): a network; conditions, nulls: equally long tuples of tensors (B, …).
-    Returns g(x_t, t) = null + s·(cond − null); s = 1 is the plain network, s = 0 the unconditional one.
-    Both halves run as one batch. x_0, eps and v are affine in each other at fixed x_t, so mixing them
-    is all the same.
+    Returns g(x_t, t) = null + s·(cond − null); s = 1 is the plain network, s = 0 the unconditional.
+    Both halves run as one batch. x_0, eps and v are affine in each other at fixed x_t, so it does
+    not matter which of them is mixed.
     """
     if s == 1:
         return lambda x_t, t: f(x_t, t, *conditions)
@@ -148,13 +150,14 @@ def guided(f, s, conditions, nulls):
 class Noise:
     """Standard normal noise in which every picture has a stream of its own.
 
-    The i-th row depends on (seed, indices[i], stream) alone, not on the batch it is drawn in, and is
-    drawn on the CPU: the same picture comes out of any batch and any device (up to rounding).
+    The i-th row depends on (seed, indices[i], stream) alone, not on the batch it is drawn in, and
+    is drawn on the CPU: the same picture comes out of any batch and any device (up to rounding).
     """
 
     def __init__(self, seed, indices, shape, stream="", device="cpu"):
         self.shape, self.device = shape, device
-        self.generators = [torch.Generator().manual_seed(_hash(f"{seed}/{i}/{stream}")) for i in indices]
+        self.generators = [torch.Generator().manual_seed(_hash(f"{seed}/{i}/{stream}"))
+                           for i in indices]
 
     def __call__(self):
         """The next (len(indices), *shape) of noise."""
@@ -168,6 +171,7 @@ def _hash(text):
 
 def timestep_embedding(t, width):
     """Sines and cosines of t (B,) at `width`/2 wavelengths from 2π to 10000·2π; (B, width)."""
-    frequencies = torch.exp(-math.log(10000) * torch.arange(width // 2, device=t.device) / (width // 2))
+    k = torch.arange(width // 2, device=t.device) / (width // 2)
+    frequencies = torch.exp(-math.log(10000) * k)
     angles = t[:, None].float() * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=1)

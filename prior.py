@@ -1,12 +1,12 @@
-"""p(z_i | y): the image embedding that a caption may have (paper, sec. 2.2), by diffusion or token by token.
+"""p(z_i | y): the image embedding that a caption may have (paper, sec. 2.2), drawn in two ways.
 
-A caption fits many pictures, so it has many z_i. A prior draws one of them, given the caption's tokens
-and z_t, the caption's own embedding. Both priors of the paper are here, with one face:
+A caption fits many pictures, so it has many z_i. A prior draws one of them, given the caption's
+tokens and z_t, the caption's own embedding. Both priors of the paper are here, with one face:
 
     loss(z_i, z_t, tokens, …)      training objective, from true pairs
     sample(z_t, tokens, …)         z_i, unit norm, one for each caption
 
-CLIP itself is nowhere in this file: embeddings and tokens come in as tensors. Next chapter: decoder.py.
+CLIP itself is nowhere in this file: embeddings and tokens come in. Next chapter: decoder.py.
 """
 
 import math
@@ -39,7 +39,7 @@ class Caption(nn.Module):
         nn.init.normal_(self.token.weight, std=0.02)
 
     def forward(self, z_t, tokens, drop):
-        """z_t (B, D), tokens (B, L), drop (B,) bool → (B, L + 1, width), and which may be seen, bool.
+        """z_t (B, D), tokens (B, L), drop (B,) bool → (B, L + 1, width), and which may be seen.
 
         Where a caption is dropped nothing of it can be seen, not even its length.
         """
@@ -84,11 +84,12 @@ class DiffusionPrior(nn.Module):
         super().__init__()
         self.config = c = config
         # The paper scales z_i by 17.2 = 0.5375·√1024: a coordinate of a unit vector has standard
-        # deviation 1/√D, so this gives 0.5375 for any D, that of pixels in [-1, 1]. It lives here only.
+        # deviation 1/√D, so this gives 0.5375 for any D, that of pixels. It lives here only.
         self.scale = 0.5375 * c.dim ** 0.5
         self.diffusion = Diffusion(predict="x_0")        # the paper: better than predicting eps
         self.caption = Caption(c.vocab, c.context, c.dim, c.width)
-        self.time = nn.Sequential(nn.Linear(c.width, c.width), nn.SiLU(), nn.Linear(c.width, c.width))
+        self.time = nn.Sequential(nn.Linear(c.width, c.width), nn.SiLU(),
+                                  nn.Linear(c.width, c.width))
         self.z_i = nn.Linear(c.dim, c.width)
         self.final = nn.Parameter(torch.randn(c.width) * 0.02)
         self.position = nn.Parameter(torch.randn(4, c.width) * 0.02)     # z_t, t, z_i_t, final
@@ -98,15 +99,28 @@ class DiffusionPrior(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, z_i_t, t, z_t, tokens, drop):
-        """The network f: the un-noised, scaled z_i. z_i_t (B, D) noised, scaled; t (B,); z_t (B, D);
-        tokens (B, L); drop (B,) bool, whose captions to hide."""
-        prefix, visible = self.caption(z_t, tokens, drop)                        # (B, L + 1, width)
+        """The network f: the un-noised, scaled z_i. z_i_t (B, D) noised, scaled; t (B,);
+        z_t (B, D); tokens (B, L); drop (B,) bool, whose captions to hide."""
+        return self.predict(z_i_t, t, *self.read(z_t, tokens, drop))
+
+    def read(self, z_t, tokens, drop):
+        """The part of the sequence before t: what may be seen, and each block's keys and values.
+
+        The mask being causal, none of it depends on what follows: a sampler reads a caption once.
+        """
+        x, visible = self.caption(z_t, tokens, drop)                             # (B, L + 1, width)
+        x = torch.cat([x[:, :-1], x[:, -1:] + self.position[0]], 1)
+        caches = [{} for _ in range(self.config.depth)]
+        self.transformer(x, causal_mask_of(visible, x.shape[1]), caches)
+        return visible, *(cache[key] for cache in caches for key in "kv")
+
+    def predict(self, z_i_t, t, visible, *keys_and_values):
+        """The rest of the sequence, [t | z_i_t | final], given what `read` returned → (B, D)."""
         time = self.time(timestep_embedding(t, self.config.width))               # (B, width)
-        final = self.final.expand_as(time)
-        tail = torch.stack([time, self.z_i(z_i_t), final], 1)                    # (B, 3, width)
-        x = torch.cat([prefix[:, :-1], torch.cat([prefix[:, -1:], tail], 1) + self.position], 1)
-        h = self.transformer(x, causal_mask_of(visible, x.shape[1]))             # (B, L + 4, width)
-        return self.out(h[:, -1])                                                # (B, D)
+        x = torch.stack([time, self.z_i(z_i_t), self.final.expand_as(time)], 1) + self.position[1:]
+        mask = causal_mask_of(visible, visible.shape[1] + 3)[:, :, -3:]
+        caches = [dict(k=k, v=v) for k, v in zip(keys_and_values[::2], keys_and_values[1::2])]
+        return self.out(self.transformer(x, mask, caches)[:, -1])
 
     def loss(self, z_i, z_t, tokens, generator=None):
         """‖f(z_i^(t), t, y) − z_i‖² at random t, the caption hidden 10 % of the time; a scalar."""
@@ -130,11 +144,13 @@ class DiffusionPrior(nn.Module):
                                 zip((c.guidance, c.steps, c.eta), (guidance, steps, eta)))
         z_t, tokens = (a.repeat_interleave(candidates, 0) for a in (z_t, tokens))
         keep = torch.zeros(len(z_t), dtype=torch.bool, device=z_t.device)
-        f = guided(self, guidance, (z_t, tokens, keep), (z_t, tokens, ~keep))
+        f = guided(self.predict, guidance, self.read(z_t, tokens, keep),
+                   self.read(z_t, tokens, ~keep) if guidance != 1 else ())
         z_i = self.diffusion.sample(f, noise(), steps, eta, noise)
         z_i = F.normalize(z_i, dim=-1)
         best = (z_i * z_t).sum(-1).view(-1, candidates).argmax(dim=1)
-        return z_i.view(len(best), candidates, -1)[torch.arange(len(best), device=best.device), best]
+        row = torch.arange(len(best), device=best.device)
+        return z_i.view(len(best), candidates, -1)[row, best]
 
 
 # ---- The autoregressive prior --------------------------------------------------------------------
@@ -157,8 +173,8 @@ class ARPriorConfig:
 class PCATokens(nn.Module):
     """z_i as a few integers, and back (sec. 2.2): PCA, then each component put into a bucket.
 
-    The buckets of a component hold equally many training embeddings each (the paper leaves the edges
-    open), and decode to the mean of what they hold. All of it is state, saved with the prior.
+    The buckets of a component hold equally many training embeddings each (the paper leaves the
+    edges open), and decode to the mean of what they hold. All of it is state, saved with the prior.
     """
 
     def __init__(self, dim, components, buckets):
@@ -182,18 +198,18 @@ class PCATokens(nn.Module):
 
     @staticmethod
     def components_needed(eigenvalues, error=0.01):
-        """The paper's rule: the fewest components whose relative reconstruction error is below 1 %."""
+        """The paper's rule: the fewest components with a relative squared error below 1 %."""
         left = 1 - eigenvalues.double().cumsum(0) / eigenvalues.double().sum()
         return int((left >= error).sum()) + 1
 
     def fit(self, z_i):
         """Take mean, axes, edges and centres from training embeddings z_i (N, D)."""
         k, buckets = self.centres.shape
-        z_i = z_i.repeat(math.ceil(buckets / len(z_i)), 1)      # of too few, or a bucket would be empty
+        z_i = z_i.repeat(math.ceil(buckets / len(z_i)), 1)    # of too few, or a bucket is empty
         mean, axes, _ = self.principal(z_i)
         self.mean.copy_(mean)
         self.axes.copy_(axes[:k])
-        values = ((z_i - mean) @ axes[:k].T).sort(dim=0).values                 # (N, k), each sorted
+        values = ((z_i - mean) @ axes[:k].T).sort(dim=0).values             # (N, k), each sorted
         cuts = torch.arange(1, buckets, device=z_i.device) * len(z_i) // buckets
         self.edges.copy_(values[cuts].T)
         groups = torch.tensor_split(values, cuts.tolist())
@@ -214,11 +230,11 @@ class PCATokens(nn.Module):
 class ARPrior(nn.Module):
     """A causal Transformer that writes z_i down as codes, one after another (sec. 2.2).
 
-    Sequence: [caption tokens | z_t | dot | code 1 | … | code k]. The dot is the quantised z_i·z_t. How
-    can a function of z_i be an input, when z_i is what we are after? Read it as the first code: it
-    says how well the picture fits its caption, and the codes after it are drawn given that. Training
-    shows the true one. A sampler may draw it like any code, from p(dot | y): then z_i follows
-    p(z_i | y); or choose it among the upper half of all values: then it asks for good fits.
+    Sequence: [caption tokens | z_t | dot | code 1 | … | code k]. The dot is the quantised z_i·z_t.
+    How can a function of z_i be an input, when z_i is what we are after? Read it as the first code:
+    it says how well the picture fits its caption, and the codes after it are drawn given that.
+    Training shows the true one. A sampler may draw it like any code, from p(dot | y): then z_i follows p(z_i
+    | y); or choose it among the upper half of all values: then it asks for good fits.
     """
 
     def __init__(self, config):
@@ -228,8 +244,9 @@ class ARPrior(nn.Module):
         self.register_buffer("dot_edges", torch.zeros(c.dot_buckets - 1))
         self.caption = Caption(c.vocab, c.context, c.dim, c.width)
         self.dot = nn.Embedding(c.dot_buckets, c.width)
-        self.code = nn.Embedding(c.components * c.buckets, c.width)     # each place has its own codes
-        self.position = nn.Parameter(torch.randn(c.components + 2, c.width) * 0.02)  # z_t, dot, codes
+        self.code = nn.Embedding(c.components * c.buckets, c.width)    # each place has its own
+        # z_t, dot, codes
+        self.position = nn.Parameter(torch.randn(c.components + 2, c.width) * 0.02)
         self.transformer = Transformer(c.width, c.depth)
         self.dot_logits = nn.Linear(c.width, c.dot_buckets)
         self.code_logits = nn.Parameter(torch.zeros(c.components, c.width, c.buckets))
@@ -256,11 +273,11 @@ class ARPrior(nn.Module):
     def forward(self, z_t, tokens, dot, codes, drop):
         """Logits of the dot (B, dot_buckets) and of every code given all before it (B, k, buckets).
 
-        z_t (B, D); tokens (B, L); dot (B,) long; codes (B, k) long; drop (B,) bool, captions to hide.
+        z_t (B, D); tokens (B, L); dot (B,) long; codes (B, k) long; drop (B,) bool, whom to hide.
         """
         prefix, visible = self.prefix(z_t, tokens, drop)
         dot = (self.dot(dot) + self.position[1])[:, None]
-        x = torch.cat([prefix, dot, self.embed(codes[:, :-1])], 1)               # (B, L + 1 + k, width)
+        x = torch.cat([prefix, dot, self.embed(codes[:, :-1])], 1)           # (B, L + 1 + k, width)
         h = self.transformer(x, causal_mask_of(visible, x.shape[1]))[:, tokens.shape[1]:]
         return self.dot_logits(h[:, 0]), torch.einsum("bkw,kwv->bkv", h[:, 1:], self.code_logits)
 
@@ -280,23 +297,25 @@ class ARPrior(nn.Module):
                cached=True):
         """z_t (B, D), tokens (B, L) → z_i (B, D), unit norm.
 
-        top_half: draw the dot from the upper half of its training distribution (the paper's choice),
-        else from the model's own p(dot | y), for an unbiased sample. generators: one CPU generator a
-        row, or None for torch's own. cached: keep keys and values, or recompute them at each code.
+        top_half: draw the dot from the upper half of its training distribution (the paper's way),
+        else from the model's own p(dot | y), for an unbiased sample. generators: one CPU generator
+        a row, or None for torch's own. cached: keep keys and values, or recompute them at each
+        code.
         """
         c, (B, L), device = self.config, tokens.shape, tokens.device
         s = c.guidance if guidance is None else guidance
         temperature = c.temperature if temperature is None else temperature
         draw = lambda logits: self.draw(guide(logits, s), generators, temperature)
         drop = torch.zeros(B, dtype=torch.bool, device=device)
-        if s != 1:                                          # guidance's null half runs beside the other
-            z_t, tokens, drop = torch.cat([z_t, z_t]), torch.cat([tokens, tokens]), torch.cat([~drop, drop])
         again = lambda a: torch.cat([a, a]) if s != 1 else a
+        z_t, tokens = again(z_t), again(tokens)
+        if s != 1:                                          # the null half runs beside the other
+            drop = torch.cat([~drop, drop])
         x, visible = self.prefix(z_t, tokens, drop)
         caches = [{} for _ in range(c.depth)] if cached else None
         mask = causal_mask_of(visible, L + 1 + c.components)
         h = self.step(x, mask, caches)
-        if top_half:                                        # all buckets are equally likely in training
+        if top_half:                                        # all buckets are equally full
             upper = torch.arange(c.dot_buckets, device=device) >= c.dot_buckets // 2
             dot = self.draw(upper.float().log().expand(B, -1), generators, 1)
         else:
@@ -311,13 +330,14 @@ class ARPrior(nn.Module):
         return self.pca.decode(codes)
 
     def step(self, x, mask, caches):
-        """The last output (B, width) for the sequence x; with caches, only what is new in x is run."""
+        """The last output (B, width) for the sequence x; with caches only what is new is run."""
         seen = caches[0]["k"].shape[1] if caches and caches[0] else 0
-        return self.transformer(x[:, seen:], mask[:, :, seen:x.shape[1], :x.shape[1]], caches)[:, -1]
+        mask = mask[:, :, seen:x.shape[1], :x.shape[1]]
+        return self.transformer(x[:, seen:], mask, caches)[:, -1]
 
     @staticmethod
     def draw(logits, generators, temperature):
-        """One value a row of logits (B, n), by the Gumbel trick; temperature 0 takes the largest."""
+        """One value a row of logits (B, n), by the Gumbel trick; temperature 0: the largest."""
         if temperature == 0:
             return logits.argmax(dim=-1)
         if generators is None:
@@ -329,7 +349,7 @@ class ARPrior(nn.Module):
 
 
 def guide(logits, s):
-    """Classifier-free guidance on logits (2·B, n), null half first → (B, n); s = 1 has no null half."""
+    """Classifier-free guidance on logits (2·B, n), null half first → (B, n); s = 1 has none."""
     if s == 1:
         return logits
     null, cond = logits.chunk(2)

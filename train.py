@@ -4,10 +4,10 @@
     python train.py --stage prior                # one stage, on the CLIP that is there
     python train.py --data cifar10 --size base   # on real pictures, for one GPU
 
-CLIP comes first and stays frozen; every other part learns on its embeddings, which are computed once.
-Losses go to runs/<data>/<part>.csv, pictures to watch to runs/<data>/<part>.png, and the weights (an
-average over the run's last steps, "EMA") to runs/<data>/<part>.pt. A run that is stopped goes on from
-runs/<data>/<part>.state.pt by the same command. Next chapter: sample.py.
+CLIP comes first and stays frozen; every other part learns on its embeddings, computed once.
+Losses go to runs/<data>/<part>.csv, pictures to watch to runs/<data>/<part>.png, and the weights
+(an average over the run's last steps, "EMA") to runs/<data>/<part>.pt. A run that is stopped goes
+on from runs/<data>/<part>.state.pt by the same command. Next chapter: sample.py.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import math
 import secrets
 import signal
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,10 +31,12 @@ from clip_tiny import CLIP, CLIPConfig, Tokenizer
 from decoder import Decoder, DecoderConfig, Upsampler, UpsamplerConfig
 from diffusion import Noise
 from prior import ARPrior, ARPriorConfig, DiffusionPrior, DiffusionPriorConfig, PCATokens
-from unclip import (SHIPPED, UnCLIP, check_clip, load_part, read_torch, save_part, write_torch)
+from unclip import (PARTS, SHIPPED, UnCLIP, check_clip, load_part, read_torch, save_part,
+                    write_torch)
 
 SAVE_SECONDS = 180
-UPSAMPLER_IMAGES = 3000                      # large renders cost time, and every crop is a new picture
+UPSAMPLER_IMAGES = 3000                      # large renders cost time; every crop is a new picture
+VALIDATION_IMAGES = 1000
 
 
 @dataclass
@@ -76,8 +79,8 @@ WATCH = {"shapes": ["a red cube", "a small yellow sphere", "a large green cone",
 class Pairs:
     """A data set put on the device whole: a batch is an index.
 
-    Captions repeat (100,000 pictures have a few thousand different ones), so tokens and z_t are kept
-    once for each, and a picture keeps the indices of its own.
+    Captions repeat (20,000 pictures have far fewer different ones), so tokens and z_t are kept once
+    for each, and a picture keeps the indices of its own.
     """
 
     def __init__(self, dataset, tokenizer, device):
@@ -93,7 +96,7 @@ class Pairs:
 
     @torch.no_grad()
     def embed(self, clip, batch=500):
-        """Compute z_i (N, D), of mirrored pictures too where they may be mirrored, and z_t, once."""
+        """Compute z_i (views, N, D), of mirrored pictures too where these may be, and z_t, once."""
         assert not clip.training
         views = [self.images, self.images.flip(3)] if self.flips else [self.images]
         self.z_i = torch.stack([torch.cat([clip.encode_image(data.to_float(x))
@@ -102,7 +105,7 @@ class Pairs:
         return self
 
     def draw(self, n, generator):
-        """n random items, a random caption and mirroring for each: (indices, rows, mirrored bool)."""
+        """n random items, a random caption and mirroring for each: (indices, rows, mirrored)."""
         i = torch.randint(len(self.images), (n,), device=self.device, generator=generator)
         u = torch.rand(2, n, device=self.device, generator=generator)
         row = self.row[i, (u[0] * self.count[i]).long()]
@@ -115,7 +118,7 @@ class Pairs:
 
 
 def shifted(x, generator, most=4):
-    """Every picture moved by up to `most` pixels each way, its border repeated (CLIP's light crops)."""
+    """Every picture moved by up to `most` pixels, its border repeated (CLIP's light crops)."""
     B, _, H, W = x.shape
     dy, dx = torch.randint(-most, most + 1, (2, B, 1), device=x.device, generator=generator)
     rows = (torch.arange(H, device=x.device) + dy).clamp(0, H - 1)
@@ -133,6 +136,9 @@ class ClipStage:
         sets = run.load_data()
         captions = [caption for captions in sets[0].captions for caption in captions]
         tokenizer = Tokenizer.learn(captions, **run.text)
+        if run.given:                                # its weights know the tokens of its own
+            tokenizer, learnt = run.given.tokenizer, tokenizer
+            tokenizer.words |= learnt.words
         self.model = CLIP(CLIPConfig(run.image_size, vocab=tokenizer.vocab,
                                      context=tokenizer.context, **run.sizes))
         self.model.tokenizer, self.model.clip_id = tokenizer, secrets.token_hex(8)
@@ -168,7 +174,8 @@ class PriorStage(EmbeddedStage):
 
     def loss(self, model, pairs, n, generator):
         i, row, mirrored = pairs.draw(n, generator)
-        return model.loss(pairs.z_i[mirrored.long(), i], pairs.z_t[row], pairs.tokens[row], generator)
+        z_i = pairs.z_i[mirrored.long(), i]
+        return model.loss(z_i, pairs.z_t[row], pairs.tokens[row], generator)
 
     def watch(self, model):
         """Two pictures of each watched prompt, if there is a decoder to draw them."""
@@ -176,7 +183,9 @@ class PriorStage(EmbeddedStage):
         if decoder is None:
             return None
         unclip = UnCLIP(self.clip, decoder, **{"ar_prior" if self.kind == "ar" else "prior": model})
-        prompts = WATCH.get(self.run.args.data) or self.data[1].texts[:6]
+        texts = sorted(self.data[1].texts, key=len)[:6]          # cut, should all be too long
+        prompts = WATCH.get(self.run.args.data) or \
+            [text.encode()[:self.c.context - 3].decode(errors="ignore") for text in texts]
         x = unclip.generate(prompts, 2, prior=self.kind, upsample=False)
         return data.grid(data.to_uint8(x).cpu(), columns=4)
 
@@ -192,7 +201,8 @@ class ARPriorStage(PriorStage):
         k = PCATokens.components_needed(eigenvalues)
         kept = (eigenvalues[:k].sum() / eigenvalues.sum()).item()
         run.say(f"PCA: {k} of {c.dim} components explain {100 * kept:.2f} % of the variance of z_i")
-        self.model = ARPrior(ARPriorConfig(c.dim, c.vocab, c.context, k, **run.sizes)).to(run.device)
+        config = ARPriorConfig(c.dim, c.vocab, c.context, k, **run.sizes)
+        self.model = ARPrior(config).to(run.device)
         self.model.fit(z_i, pairs.z_t[pairs.row[:, 0]].repeat(len(pairs.z_i), 1))
 
 
@@ -210,9 +220,10 @@ class DecoderStage(EmbeddedStage):
     def watch(self, model):
         """Eight validation pictures; below, what the decoder makes of their z_i alone."""
         pairs = self.data[1]
-        noise = Noise(0, range(8), pairs.images.shape[1:], "decoder", pairs.images.device)
+        true = pairs.images[:8]
+        noise = Noise(0, range(len(true)), true.shape[1:], "decoder", true.device)
         x = model.sample(pairs.z_i[0, :8], None, noise)
-        return data.grid(torch.cat([pairs.images[:8], data.to_uint8(x)]).cpu(), columns=8)
+        return data.grid(torch.cat([true, data.to_uint8(x)]).cpu(), columns=len(true))
 
 
 class UpsamplerStage:
@@ -230,8 +241,9 @@ class UpsamplerStage:
         """Small pictures enlarged bicubically, by the upsampler, and the true large ones."""
         x = data.to_float(self.data[1][:4])
         low = F.avg_pool2d(x, model.config.factor)
-        high = model.sample(low, Noise(0, range(4), x.shape[1:], "upsampler 0", x.device))
-        return data.grid(data.to_uint8(torch.cat([model.enlarge(low), high, x])).cpu(), columns=4)
+        high = model.sample(low, Noise(0, range(len(x)), x.shape[1:], "upsampler 0", x.device))
+        rows = torch.cat([model.enlarge(low), high, x])
+        return data.grid(data.to_uint8(rows).cpu(), columns=len(x))
 
 
 STAGES = {"clip": ClipStage, "prior": PriorStage, "ar-prior": ARPriorStage, "decoder": DecoderStage,
@@ -252,8 +264,14 @@ class Run:
         self.recipe = replace(RECIPES[args.size][stage], **{k: v for k, v in flags.items() if v})
         self.image_size = 32 if args.size == "small" or args.data == "cifar10" else 64
         self.text = TEXT["shapes" if args.data == "shapes" else "real"]
-        self.files = {kind: self.folder / f"{self.part}.{kind}" for kind in ("pt", "state.pt", "csv", "png")}
+        self.files = {kind: self.folder / f"{self.part}.{kind}"
+                      for kind in ("pt", "state.pt", "csv", "png")}
         self.clip = None if stage in ("clip", "upsampler") else self.find("clip")
+        if self.clip and self.clip.config.image_size != self.image_size:
+            raise ValueError(f"CLIP sees {self.clip.config.image_size} pixels a side, --size "
+                             f"{args.size} has {self.image_size}; python train.py --stage clip "
+                             f"--data {args.data} --size {args.size} makes one that fits")
+        self.given = self.load_given() if args.init else None
 
     def say(self, text):
         print(f"{self.stage}: {text}", file=sys.stderr)
@@ -265,7 +283,7 @@ class Run:
         if size and self.args.data == "shapes":
             limit = min(limit or UPSAMPLER_IMAGES, UPSAMPLER_IMAGES)
         return (data.load(self.args.data, "train", limit=limit, **options),
-                data.load(self.args.data, "validation", limit=1000, **options))
+                data.load(self.args.data, "validation", limit=VALIDATION_IMAGES, **options))
 
     def find(self, part, clip=None):
         """A trained part: of this run's folder, of --init, or shipped. A missing CLIP is an error,
@@ -279,8 +297,20 @@ class Run:
                         self.say(f"no clip.pt in {self.folder}, using {path}")
                     return model
         if part == "clip":
-            raise FileNotFoundError(f"{self.folder}/clip.pt is missing; python train.py --stage clip "
-                                    f"--data {self.args.data} makes it")
+            raise FileNotFoundError(f"{self.folder}/clip.pt is missing; python train.py --stage "
+                                    f"clip --data {self.args.data} makes it")
+
+    def load_given(self):
+        """The weights of this part that --init names."""
+        path = Path(self.args.init) / f"{self.part}.pt"
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: no such weights to begin with; see --init")
+        model = load_part(path, self.device)
+        if not isinstance(model, PARTS[self.part][0]):
+            raise ValueError(f"{path}: not a {self.part}; see --init")
+        if self.clip:
+            check_clip(model, self.clip, path)
+        return model
 
     def identity(self):
         """What a stopped run and its continuation must agree on."""
@@ -318,6 +348,8 @@ class State:
             "seconds": self.seconds, "identity": run.identity(), "clip_id": self.model.clip_id,
             "tokenizer": tokenizer and tokenizer.state()})
         self.ema.clip_id, self.ema.tokenizer = self.model.clip_id, tokenizer
+        if run.part == "clip":               # what was learnt on it would not fit it as it goes on
+            self.ema.clip_id += f"-{self.step}"
         save_part(run.files["pt"], run.part, self.ema, {
             "data": run.args.data, "size": run.args.size, "limit": run.args.limit,
             "seed": run.args.seed, "steps": self.step, "batch_size": run.recipe.batch_size,
@@ -334,12 +366,19 @@ class State:
         if changed:
             raise ValueError(f"{path}: a run of another configuration ({'; '.join(changed)}); give "
                              f"the same to go on, or --restart to begin anew")
-        for name in ("model", "ema", "optimizer"):
-            getattr(self, name).load_state_dict(saved[name])
-        self.generator.set_state(saved["generator"])
-        self.step, self.seconds, self.model.clip_id = saved["step"], saved["seconds"], saved["clip_id"]
-        if saved["tokenizer"]:
-            self.model.tokenizer = Tokenizer(**saved["tokenizer"])
+        tokenizer = getattr(self.model, "tokenizer", None)
+        if saved["tokenizer"] != (tokenizer and tokenizer.state()):
+            raise ValueError(f"{path}: a run on other captions; --restart begins anew")
+        try:
+            for name in ("model", "ema", "optimizer"):
+                getattr(self, name).load_state_dict(saved[name])
+            self.generator.set_state(saved["generator"])
+        except RuntimeError as error:
+            raise ValueError(f"{path}: of another version, or from another device "
+                             f"({str(error).splitlines()[-1].strip()}); --restart begins anew"
+                             ) from None
+        self.step, self.seconds = saved["step"], saved["seconds"]
+        self.model.clip_id = saved["clip_id"]
 
 
 class Stop:
@@ -368,26 +407,33 @@ def learning_rate(step, recipe):
 
 def train(run):
     """Train one stage to its end, or until a signal stops it; True if it is finished."""
-    run.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=run.folder).close()
+    except OSError as error:
+        raise OSError(f"--out {run.folder}: can't be written ({error.strerror}); choose another"
+                      ) from None
     torch.manual_seed(run.args.seed)
     stage, r = STAGES[run.stage](run), run.recipe
     model = stage.model.to(run.device, memory_format=torch.channels_last).train()
     model.clip_id = run.clip.clip_id if run.clip else model.clip_id
-    if run.args.init:
+    if run.given:
         initialise(model, run)
     state = State(run, model)
     if run.args.restart:
-        for kind in ("state.pt", "csv"):
-            run.files[kind].unlink(missing_ok=True)
-    if run.files["state.pt"].exists():
+        run.files["state.pt"].unlink(missing_ok=True)
+    if not run.files["state.pt"].exists():
+        run.files["csv"].unlink(missing_ok=True)
+    else:
         state.load(run)
         run.say(f"step {state.step} of {r.steps}: " +
                 ("going on" if state.step < r.steps else "finished already; --restart begins anew"))
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     run.say(f"{millions:.2f}M parameters, {r.steps} steps of {r.batch_size} on {run.device}")
 
-    losses, began, saved = [], time.time() - state.seconds, time.time()
-    with Stop() as stop, tqdm(total=r.steps, initial=state.step, desc=run.stage, mininterval=1) as bar:
+    losses, first, began, saved = [], state.step, time.time() - state.seconds, time.time()
+    with Stop() as stop, tqdm(total=r.steps, initial=state.step, desc=run.stage,
+                            mininterval=1 if sys.stderr.isatty() else 30) as bar:
         while state.step < r.steps and not stop.asked:
             for group in state.optimizer.param_groups:
                 group["lr"] = learning_rate(state.step, r)
@@ -408,12 +454,12 @@ def train(run):
             if time.time() - saved > SAVE_SECONDS:
                 state.save(run)
                 saved = time.time()
-    if losses or stop.asked or not run.files["pt"].exists():
-        state.save(run)
+        if state.step > first or not run.files["pt"].exists():
+            state.save(run)                      # in here, where no second Ctrl-C can prevent it
     done = state.step >= r.steps
-    run.say(f"{'finished' if done else 'stopped'} at step {state.step}, {state.seconds / 60:.1f} minutes"
-            f" of training: {run.files['pt']}")
-    return done
+    run.say(f"{'finished' if done else 'stopped'} at step {state.step}, {state.seconds / 60:.1f} "
+            f"minutes of training: {run.files['pt']}")
+    return done and not stop.asked
 
 
 def report(run, stage, state, loss, bar):
@@ -431,7 +477,7 @@ def report(run, stage, state, loss, bar):
                   f"validation {validation:.4f}", file=sys.stderr)
     new = not run.files["csv"].exists()
     with open(run.files["csv"], "a", newline="") as file:
-        writer = csv.writer(file)
+        writer = csv.writer(file, lineterminator="\n")
         if new:
             writer.writerow(["step", "minutes", "lr", "loss", "validation"])
         lr = state.optimizer.param_groups[0]["lr"]
@@ -456,13 +502,8 @@ def autocast(device):
 def initialise(model, run):
     """Take --init's weights of this part, if they fit."""
     path = Path(run.args.init) / f"{run.part}.pt"
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such weights to begin with; see --init")
-    given = load_part(path, run.device)
-    if run.clip:
-        check_clip(given, run.clip, path)
     try:
-        model.load_state_dict(given.state_dict())
+        model.load_state_dict(run.given.state_dict())
     except RuntimeError as error:
         raise ValueError(f"{path}: its weights do not fit --size {run.args.size} "
                          f"({str(error).splitlines()[-1].strip()})") from None
@@ -480,16 +521,21 @@ def parse(argv):
     parser = Parser(prog="train.py", description="Train unCLIP, or one part of it.",
                     allow_abbrev=False)
     add = parser.add_argument
-    add("--stage", default="all", choices=["all", *STAGES], help="what to train (default: %(default)s)")
-    add("--data", default="shapes", choices=["shapes", "cifar10", "coco", "folder"], help="on what (default: %(default)s)")
+    add("--stage", default="all", choices=["all", *STAGES],
+        help="what to train (default: %(default)s)")
+    add("--data", default="shapes", choices=["shapes", "cifar10", "coco", "folder"],
+        help="on what (default: %(default)s)")
     add("--data-dir", help="where cifar10 (default: downloaded), coco or the folder is")
     add("--limit", type=int, help="how many training pictures to use (default: all; shapes: 20000)")
-    add("--size", default="small", choices=list(RECIPES), help="small: a laptop; base: one GPU (default: %(default)s)")
+    add("--size", default="small", choices=list(RECIPES),
+        help="small: a laptop; base: one GPU (default: %(default)s)")
     add("--steps", type=int, help="training steps (default: the stage's recipe)")
     add("--batch-size", type=int, help="pictures a step (default: the stage's recipe)")
     add("--lr", type=float, help="peak learning rate (default: the stage's recipe)")
-    add("--seed", type=int, default=0, help="of initialisation, batches and noise (default: %(default)s)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or mps (default: %(default)s)")
+    add("--seed", type=int, default=0,
+        help="of initialisation, batches and noise (default: %(default)s)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu, cuda or mps (default: %(default)s)")
     add("--out", help="folder of the run (default: runs/<data>)")
     add("--init", help="folder of weights to begin with")
     add("--restart", action="store_true", help="begin anew where a run was stopped or finished")
@@ -502,8 +548,11 @@ def check(args):
         value = getattr(args, name)
         if value is not None and not (0 < value < math.inf):
             raise ValueError(f"--{name.replace('_', '-')} {value}: must be above 0")
-    if args.seed < 0:
-        raise ValueError(f"--seed {args.seed}: must be 0 or more")
+    if not 0 <= args.seed < 2**64:
+        raise ValueError(f"--seed {args.seed}: must be 0 or more, and below 2**64")
+    if args.init and args.stage == "all":
+        raise ValueError(f"--init {args.init}: its parts belong to its own CLIP, not to a new one; "
+                         f"choose one --stage")
     if args.data in ("coco", "folder") and not args.data_dir:
         raise ValueError(f"--data {args.data}: say where it is, with --data-dir DIR")
     try:
@@ -513,7 +562,7 @@ def check(args):
 
 
 def main(argv=None):
-    """The command line; returns the exit status: 0 done, 2 a user's error, 130 stopped by a signal."""
+    """The command line; returns the exit status: 0 done, 2 a user's error, 130 stopped."""
     try:
         args = parse(argv)
         check(args)
@@ -527,6 +576,8 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:                    # before or between the loops that heed it
+        return 130
     return 0
 
 

@@ -3,8 +3,8 @@ Text-Conditional Image Generation with CLIP Latents", arXiv 2204.06125).
 
     caption y ── CLIP ──► z_t ── prior ──► z_i ── decoder ──► 32×32 ── upsampler ──► 128×128
 
-The paper's idea: p(x|y) = p(x|z_i, y) p(z_i|y). A *prior* draws a CLIP image embedding that fits the
-caption; a *decoder* draws a picture that has this embedding. Because z_i says what matters in a
+The paper's idea: p(x|y) = p(x|z_i, y) p(z_i|y). A *prior* draws a CLIP image embedding that fits
+the caption; a *decoder* draws a picture that has this embedding. Because z_i says what matters in a
 picture and x_T, the noise it was drawn from, says the rest, pictures can also be reconstructed,
 varied, interpolated and edited by their captions (sec. 3), all of it below.
 
@@ -34,7 +34,7 @@ FORMAT = 1
 
 
 class UnCLIP:
-    """CLIP, priors, decoder and upsamplers put together. Pictures are float (B, 3, H, W) in [-1, 1].
+    """CLIP, priors, decoder and upsamplers in one. Pictures are float (B, 3, H, W) in [-1, 1].
 
     Starting noise is a function of (seed, the picture's index within its prompt) alone.
     """
@@ -53,13 +53,13 @@ class UnCLIP:
     # ---- Drawing (sec. 2) ------------------------------------------------------------------
 
     @torch.no_grad()
-    def generate(self, captions, n=4, seed=0, prior="diffusion", guidance=None, steps=None, eta=None,
-                 upsample=True, batch=4, **prior_options):
+    def generate(self, captions, n=4, seed=0, prior="diffusion", guidance=None, steps=None,
+                 eta=None, upsample=True, batch=4, **prior_options):
         """n pictures of each caption: (captions·n, 3, H, W), caption by caption.
 
         prior: "diffusion" or "ar"; "text" gives the decoder z_t in place of z_i, "none" the caption
-        alone (sec. 5.1 compares them). guidance (1 = none), steps and eta are the decoder's, None for
-        its defaults. batch: pictures drawn at a time.
+        alone (sec. 5.1 compares them). guidance (1 = none), steps and eta are the decoder's, None
+        for its defaults. batch: pictures drawn at a time.
         """
         captions = [captions] if isinstance(captions, str) else captions
         pictures = []
@@ -76,7 +76,7 @@ class UnCLIP:
 
     @torch.no_grad()
     def draw_z_i(self, tokens, prior, seed, rows, candidates=2, **options):
-        """Captions (B, L) → z_i (B, D) by the prior named; row b has the noise of picture rows[b]."""
+        """Captions (B, L) → z_i (B, D) by the prior named; row b has picture rows[b]'s noise."""
         if prior == "none":
             return None
         z_t = self.clip.encode_text(tokens)
@@ -120,7 +120,7 @@ class UnCLIP:
 
     @torch.no_grad()
     def decode(self, z_i, x_T, steps=50, eta=0.0, noise=None, guidance=1.0):
-        """(z_i, x_T) → pictures; the inverse of `latent` at eta 0, guidance 1 and the same steps."""
+        """(z_i, x_T) → pictures; the inverse of `latent` at eta 0, guidance 1, the same steps."""
         decoder = self.part("decoder")
         f = decoder.predictor(z_i, None, guidance)
         return decoder.diffusion.sample(f, x_T, steps, eta, noise).clamp(-1, 1)
@@ -130,7 +130,7 @@ class UnCLIP:
         return self.decode(*self.latent(x, steps), steps, guidance=guidance)
 
     def vary(self, x, n=8, eta=1.0, seed=0, steps=50, guidance=1.0):
-        """n pictures with the z_i of one, x (1, 3, H, W): the larger eta, the more varies (sec. 3.1)."""
+        """n pictures with the z_i of x (1, 3, H, W): the larger eta, the more varies (sec. 3.1)."""
         z_i, x_T = (a.expand(n, *a.shape[1:]) for a in self.latent(x, steps))
         noise = self.noise(seed, range(n), "variation")
         return self.decode(z_i, x_T, steps, eta, noise, guidance)
@@ -189,11 +189,11 @@ def slerp(a, b, t):
     cosine = (flat_a * flat_b).sum(dim=1).clamp(-1, 1).view(shape)
     omega = torch.acos(cosine)
     sin = torch.sin(omega)
-    straight = sin < 1e-6                   # the sine formula divides 0 by 0; the line is the circle
+    straight = sin < 1e-6                 # the sine formula divides 0 by 0; the line is the circle
     weight_a = torch.where(straight, 1 - t, torch.sin((1 - t) * omega) / sin)
     weight_b = torch.where(straight, t, torch.sin(t * omega) / sin)
     mix = weight_a * a + weight_b * b
-    # between opposite ends all great circles are equally short; take the one by the axis farthest off
+    # between opposite ends all great circles are equally short; one by the axis farthest off
     axis = F.one_hot(flat_a.abs().argmin(dim=1), flat_a.shape[1]).to(flat_a)
     aside = F.normalize(axis - (axis * flat_a).sum(1, keepdim=True) * flat_a, dim=1)
     aside = (aside * a.flatten(1).norm(dim=1, keepdim=True)).view_as(a)
@@ -207,13 +207,13 @@ def slerp(a, b, t):
 def save_part(path, part, model, trained, half=False):
     """Write a part's weights with all it takes to use them; beside, then renamed.
 
-    trained: what it was trained on: a dict of numbers and strings. model.clip_id names the CLIP that
-    the part belongs to.
+    trained: what it was trained on: a dict of numbers and strings. model.clip_id names the CLIP
+    that the part belongs to.
     """
     weights = {k: v.detach().cpu().to(torch.float16 if half and v.is_floating_point() else v.dtype)
                for k, v in model.state_dict().items()}
-    checkpoint = {"format": FORMAT, "part": part, "config": asdict(model.config), "weights": weights,
-                  "clip_id": model.clip_id, "trained": trained}
+    checkpoint = {"format": FORMAT, "part": part, "config": asdict(model.config),
+                  "weights": weights, "clip_id": model.clip_id, "trained": trained}
     if part == "clip":
         checkpoint["tokenizer"] = model.tokenizer.state()
     write_torch(path, checkpoint)
@@ -239,16 +239,16 @@ def read_torch(path):
             return torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, IsADirectoryError, PermissionError):
         raise
-    except Exception:      # a broken archive makes torch raise anything, an OSError without a name too
-        raise ValueError(f"{path}: refused, not a whole checkpoint of plain weights (cut short? code "
-                         f"in it?); use a file written by train.py") from None
+    except Exception:        # a broken archive makes torch raise anything, even a nameless OSError
+        raise ValueError(f"{path}: refused, not a whole checkpoint of plain weights (cut short? "
+                         f"code in it?); use a file written by train.py") from None
 
 
 def load_part(path, device="cpu"):
-    """The model of a checkpoint, in eval mode, with .clip_id, .trained (and a CLIP's .tokenizer)."""
+    """The model of a checkpoint, in eval mode, with .clip_id, .trained (and CLIP's .tokenizer)."""
     checkpoint = read_torch(path)
     if not isinstance(checkpoint, dict) or checkpoint.get("part") not in PARTS:
-        raise ValueError(f"{path}: not a checkpoint of this project; use a file written by train.py")
+        raise ValueError(f"{path}: not a checkpoint of this project; use a file by train.py")
     if checkpoint.get("format") != FORMAT:
         raise ValueError(f"{path}: checkpoint format {checkpoint.get('format')}, this code reads "
                          f"{FORMAT}; train it again")
@@ -261,7 +261,8 @@ def load_part(path, device="cpu"):
             model.tokenizer = Tokenizer(**checkpoint["tokenizer"])
     except (TypeError, KeyError, RuntimeError) as error:
         reason = str(error).splitlines()[-1].strip()
-        raise ValueError(f"{path}: its weights do not fit this code ({reason}); train it again") from None
+        raise ValueError(f"{path}: its weights do not fit this code ({reason}); "
+                         f"train it again") from None
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -269,7 +270,8 @@ def load_parts(folder, device="cpu"):
     """The keyword arguments of UnCLIP from a folder and, for what it lacks, the shipped weights."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder of weights; python train.py makes runs/shapes")
+        raise FileNotFoundError(f"{folder}: no such folder of weights; "
+                                f"python train.py makes runs/shapes")
     found = {part: load_part(folder / f"{part}.pt", device)
              for part in PARTS if (folder / f"{part}.pt").exists()}
     if not found:
@@ -277,7 +279,8 @@ def load_parts(folder, device="cpu"):
                                 f"python train.py makes them")
     shipped = SHIPPED / next(iter(found.values())).trained["data"]
     if "clip" not in found and not (shipped / "clip.pt").exists():
-        raise FileNotFoundError(f"{folder}: clip.pt is missing; python train.py --stage clip makes it")
+        raise FileNotFoundError(f"{folder}: clip.pt is missing; "
+                                f"python train.py --stage clip makes it")
     clip = found.get("clip") or load_part(shipped / "clip.pt", device)
     for part, model in found.items():
         check_clip(model, clip, folder / f"{part}.pt")
@@ -296,5 +299,5 @@ def load_parts(folder, device="cpu"):
 def check_clip(model, clip, path):
     """Refuse a part that was trained on the embeddings of another CLIP."""
     if model.clip_id not in (clip.clip_id, None):
-        raise ValueError(f"{path}: belongs to another CLIP ({model.clip_id}, here is {clip.clip_id}); "
-                         f"train it again on this one")
+        raise ValueError(f"{path}: belongs to another CLIP ({model.clip_id}, here is "
+                         f"{clip.clip_id}); train it again on this one")

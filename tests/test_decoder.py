@@ -199,8 +199,8 @@ def four_pictures():
 def overfitted():
     model, (x, z_i) = decoder(), four_pictures()
     tokens, generator = TOKENS[[0] * 16], torch.Generator().manual_seed(0)     # one caption for all
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    for _ in range(180):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, fused=True)
+    for _ in range(150):
         loss = model.loss(x.repeat(4, 1, 1, 1), z_i.repeat(4, 1), tokens, generator)
         optimizer.zero_grad()
         loss.backward()
@@ -315,7 +315,7 @@ def test_the_small_picture_is_blurred_in_training_and_not_in_use(monkeypatch):
 
 def test_the_upsampler_learns_to_follow_the_small_picture():
     model, generator = upsampler(steps=5), torch.Generator().manual_seed(0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
     smooth = lambda n: F.interpolate(torch.rand(n, 3, 4, 4, generator=generator) * 2 - 1,
                                      scale_factor=8.0, mode="bilinear")
     for _ in range(100):

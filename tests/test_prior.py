@@ -72,13 +72,16 @@ def one_call(prior, z_t, tokens, drop):
 
 
 def through_the_transformer(prior, *inputs):
-    """What enters and what leaves the Transformer in one call of the network."""
-    seen = {}
-    hook = prior.transformer.register_forward_hook(
-        lambda module, inputs, output: seen.update(x=inputs[0], h=output))
-    prior(*inputs)
+    """All that goes into a prior's Transformer for these inputs, and all that comes out.
+
+    The diffusion prior reads its sequence in two parts, the first with what follows out of sight.
+    """
+    seen = []
+    hook = prior.transformer.register_forward_hook(lambda _, x, h: seen.append((x[0], h)))
+    with torch.no_grad():
+        prior(*inputs)
     hook.remove()
-    return seen["x"], seen["h"]
+    return [torch.cat(parts, 1) for parts in zip(*seen)]
 
 
 def changed(a, b):
@@ -440,7 +443,7 @@ def trained(prior, shuffled=False, steps=200):
     (z_i, y), generator = toy(), torch.Generator().manual_seed(0)
     if shuffled:
         y = y[torch.randperm(len(y), generator=generator)]
-    optimizer = torch.optim.AdamW(prior.parameters(), lr=4e-3)
+    optimizer = torch.optim.AdamW(prior.parameters(), lr=4e-3, fused=True)
     for _ in range(steps):
         i = torch.randint(len(z_i), (64,), generator=generator)
         loss = prior.loss(z_i[i], Z_T[y[i]], TOKENS[y[i]], generator)
