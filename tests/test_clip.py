@@ -209,7 +209,7 @@ def test_embeddings_are_unit_vectors(clip, tokenizer):
         assert z.shape == (16, 16) and torch.allclose(z.norm(dim=1), torch.ones(16), atol=1e-5)
 
 
-NOTHING = torch.empty(0)                                     # in place of pictures that nobody looks at
+NOTHING = torch.empty(0)                          # in place of pictures that nobody looks at
 
 
 def fixed(clip, z_i, z_t, scale=0.0):

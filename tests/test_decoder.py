@@ -189,9 +189,9 @@ def test_samples_are_in_range_and_by_default_use_the_config(monkeypatch):
 # ---- Learning ------------------------------------------------------------------------------------
 
 def four_pictures():
-    """Four 8×8 pictures, half of each white: left, right, upper, lower; and a z_i for each."""
+    """Left half red, right green, upper blue, lower white, the rest black; and a z_i for each."""
     x = -torch.ones(4, 3, 8, 8)
-    x[0, :, :, :4] = x[1, :, :, 4:] = x[2, :, :4] = x[3, :, 4:] = 1
+    x[0, 0, :, :4] = x[1, 1, :, 4:] = x[2, 2, :4] = x[3, :, 4:] = 1
     return x, torch.eye(4, 8)
 
 
@@ -199,8 +199,8 @@ def four_pictures():
 def overfitted():
     model, (x, z_i) = decoder(), four_pictures()
     tokens, generator = TOKENS[[0] * 16], torch.Generator().manual_seed(0)     # one caption for all
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, fused=True)
-    for _ in range(150):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, fused=True)
+    for _ in range(120):
         loss = model.loss(x.repeat(4, 1, 1, 1), z_i.repeat(4, 1), tokens, generator)
         optimizer.zero_grad()
         loss.backward()
@@ -218,7 +218,7 @@ def drawn(model, z_i, **options):
 
 def test_the_decoder_learns_to_draw_four_pictures_from_their_z_i(overfitted):
     which, distance = drawn(overfitted, four_pictures()[1])
-    assert which == [0, 1, 2, 3] and distance < 0.1                  # two of the four are 2 apart
+    assert which == [0, 1, 2, 3] and distance < 0.15    # any two of the four are 1.3 apart
 
 
 def test_another_z_i_with_the_same_noise_draws_the_other_picture(overfitted):

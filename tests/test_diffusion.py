@@ -210,6 +210,16 @@ def test_clipping_ends_in_range_although_the_network_says_3():
         assert torch.allclose(x, torch.ones_like(x), atol=1e-3)
 
 
+def test_clipping_an_estimate_of_x_0_corrects_eps_to_fit():
+    """x_t is still √ᾱ x_0 + √(1−ᾱ) eps, with the clipped x_0 of 1 in place of the network's 3."""
+    diffusion, path, grid = Diffusion(), [], Diffusion().grid(10)
+    f = lambda x_t, t: torch.full_like(x_t, 3.0)
+    diffusion.sample(f, normal(5, 1)(), 10, clip=True, trace=path.append)
+    ab, ab_next = (diffusion.alphas_bar[grid[k]].item() for k in (6, 7))
+    eps = (path[5] - math.sqrt(ab)) / math.sqrt(1 - ab)
+    assert torch.allclose(path[6], math.sqrt(ab_next) + math.sqrt(1 - ab_next) * eps, atol=1e-5)
+
+
 def test_vectors_and_pictures_share_the_sampler():
     diffusion = Diffusion()
     f = gaussian(diffusion, torch.tensor(0.2), torch.tensor(0.5))

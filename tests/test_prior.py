@@ -72,16 +72,15 @@ def one_call(prior, z_t, tokens, drop):
 
 
 def through_the_transformer(prior, *inputs):
-    """All that goes into a prior's Transformer for these inputs, and all that comes out.
-
-    The diffusion prior reads its sequence in two parts, the first with what follows out of sight.
-    """
-    seen = []
-    hook = prior.transformer.register_forward_hook(lambda _, x, h: seen.append((x[0], h)))
-    with torch.no_grad():
-        prior(*inputs)
-    hook.remove()
-    return [torch.cat(parts, 1) for parts in zip(*seen)]
+    """The sequence that enters the Transformer, in however many pieces, and the one that leaves."""
+    entering, leaving = [], []
+    hooks = [prior.transformer.register_forward_hook(hook) for hook in (
+        lambda module, inputs, output: entering.append(inputs[0]),
+        lambda module, inputs, output: leaving.append(output))]
+    prior(*inputs)
+    for hook in hooks:
+        hook.remove()
+    return torch.cat(entering, dim=1), torch.cat(leaving, dim=1)
 
 
 def changed(a, b):

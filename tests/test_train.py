@@ -6,6 +6,7 @@ What the stages learn is tested with the models themselves; here it is the machi
 import copy
 import csv
 import os
+import re
 import shutil
 import signal
 from collections import Counter
@@ -24,10 +25,10 @@ from unclip import UnCLIP, load_part
 
 STAGES = ["clip", "prior", "ar-prior", "decoder", "upsampler"]
 OF_CLIP = STAGES[1:4]                                # the stages that learn on a CLIP's embeddings
-TINY = {"clip": dict(patch=16, width=32, depth=1, text_width=32, text_depth=1, dim=16),
+TINY = {"clip": dict(patch=8, width=64, depth=1, text_width=32, text_depth=1, dim=16),
         "prior": dict(width=32, depth=1, steps=2), "ar-prior": dict(width=32, depth=1),
-        "decoder": dict(channels=(8, 8), blocks=(1, 1), attention=(False, False), emb_width=32,
-                        text_width=32, text_depth=1, steps=2),
+        "decoder": dict(channels=(8,), blocks=(1,), attention=(False,), emb_width=32,
+                        text_width=32, text_depth=1, steps=1, guidance=1.0),
         "upsampler": dict(factor=2, channels=(8,), blocks=(1,), emb_width=16, steps=2)}
 
 
@@ -39,6 +40,10 @@ def tiny(tmp_path_factory):
         patch.setitem(train.SIZES, "small", TINY)
         patch.setattr(train, "UPSAMPLER_IMAGES", 8)
         patch.setattr(train, "VALIDATION_IMAGES", 8)
+        for stage in train.STAGES.values():          # validation has large batches, elsewhere
+            loss = lambda self, model, pairs, n, generator, whole=stage.loss: \
+                whole(self, model, pairs, min(n, 16), generator)
+            patch.setattr(stage, "loss", loss)
         nowhere = tmp_path_factory.mktemp("nothing")
         patch.setattr(train, "SHIPPED", nowhere)
         patch.setattr(unclip, "SHIPPED", nowhere)
@@ -59,7 +64,8 @@ def call(tmp_path, monkeypatch, capsys):
         status = type_in(*argv, **options)
         out, err = capsys.readouterr()
         assert out == ""
-        return status, [line for line in err.splitlines() if "it/s" not in line and "?" not in line]
+        bar = re.compile(r"\d+%\|")
+        return status, [line for line in err.splitlines() if line and not bar.search(line)]
     return call
 
 
@@ -82,6 +88,11 @@ def weights(path):
 
 def same_bits(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def log(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def part(stage):
@@ -123,7 +134,7 @@ def test_all_stages_leave_weights_a_log_a_state_and_pictures(trained):
     for stage in STAGES:
         trained_on = load_part(trained / f"{part(stage)}.pt").trained
         assert trained_on["steps"] == 2 and trained_on["data"] == "shapes"
-        rows = list(csv.DictReader(open(trained / f"{part(stage)}.csv")))
+        rows = log(trained / f"{part(stage)}.csv")
         assert [row["step"] for row in rows] == ["1", "2"]
         assert all(float(row[key]) >= 0 for row in rows for key in ("loss", "validation", "lr"))
 
@@ -144,7 +155,6 @@ def test_a_prior_shows_pictures_if_there_is_a_decoder(call, copied):
 
 def test_a_finished_run_says_so_and_trains_no_more(call, copied, monkeypatch):
     before = {path: path.read_bytes() for path in copied.iterdir()}
-    monkeypatch.setattr(nn.Module, "train", None if False else nn.Module.train)
     for stage in STAGES:
         monkeypatch.setattr(train.STAGES[stage], "loss", None)
     status, err = call("--out", copied)
@@ -152,13 +162,15 @@ def test_a_finished_run_says_so_and_trains_no_more(call, copied, monkeypatch):
     assert {path: path.read_bytes() for path in copied.iterdir()} == before
 
 
-@pytest.mark.parametrize("stage, lr", [("clip", 1e-3), ("decoder", 3e-3)])
-def test_the_loss_falls(call, copied, stage, lr):
-    assert call("--stage", stage, "--lr", lr, "--batch-size", 24, "--out", copied, "--restart",
-                steps=60)[0] == 0
-    losses = [float(row["loss"]) for row in csv.DictReader(open(copied / f"{stage}.csv"))]
+@pytest.mark.parametrize("stage, steps", [("clip", 60), ("decoder", 40)])
+def test_the_loss_falls(call, copied, monkeypatch, stage, steps):
+    monkeypatch.setattr(train, "validate", lambda *_: 0.0)               # and nothing is drawn:
+    monkeypatch.setattr(train.STAGES[stage], "watch", lambda *_: None)   # they take long
+    argv = ["--stage", stage, "--lr", 3e-3, "--batch-size", 16, "--out", copied, "--restart"]
+    assert call(*argv, steps=steps)[0] == 0
+    losses = [float(row["loss"]) for row in log(copied / f"{stage}.csv")]
     first, last = sum(losses[:5]) / 5, sum(losses[-5:]) / 5
-    assert len(losses) == 60 and last < 0.8 * first, (first, last)
+    assert len(losses) == steps and last < 0.8 * first, (first, last)
 
 
 # ---- Stopping and going on -----------------------------------------------------------------------
@@ -185,7 +197,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(call, trained, tmp_path
         assert same_bits(moments, parts["optimizer"]["state"][k])
     assert torch.equal(whole["generator"], parts["generator"])
     assert same_bits(*(weights(f"{folder}/{part(stage)}.pt") for folder in ("whole", "parts")))
-    rows = list(csv.DictReader(open(f"parts/{part(stage)}.csv")))
+    rows = log(f"parts/{part(stage)}.csv")
     assert [row["step"] for row in rows] == ["1", "2", "3", "4"]
 
 
@@ -201,9 +213,14 @@ def test_a_signal_before_training_ends_it_without_a_traceback(call, monkeypatch)
     assert call("--stage", "clip", "--out", "run") == (130, [])
 
 
-def test_the_handlers_of_signals_are_put_back(trained):
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_are_heeded_and_their_handlers_put_back(number):
+    before = signal.getsignal(number)
+    with train.Stop() as stop:
+        assert not stop.asked
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)                                     # impatience does no harm
+    assert stop.asked and signal.getsignal(number) == before
 
 
 def test_the_last_step_is_saved_though_the_part_was_saved_before(call, copied):
@@ -267,7 +284,7 @@ def test_restart_begins_anew(call, copied):
     status, err = call(*argv, "--restart")
     assert status == 0 and not any("going on" in line or "already" in line for line in err)
     assert load_part(copied / "decoder.pt").trained["seed"] == 7
-    rows = list(csv.DictReader(open(copied / "decoder.csv")))
+    rows = log(copied / "decoder.csv")
     assert [row["step"] for row in rows] == ["1", "2"]                   # the old log is gone
     assert call(*argv)[0] == 0                                           # and it is finished now
 
@@ -343,7 +360,8 @@ def test_init_begins_with_given_weights(call, trained, stage):
                        steps=1)
     assert status == 0 and any(f"beginning with {trained}" in line for line in err)
     given, now = (load_part(f"{folder}/{part(stage)}.pt") for folder in (trained, "run"))
-    assert same_bits(given.state_dict(), now.state_dict())
+    for name, value in now.state_dict().items():
+        assert torch.allclose(value, given.state_dict()[name], atol=1e-20), name
     assert (given.clip_id == now.clip_id) == (stage != "clip")
     assert any("no clip.pt in run" in line for line in err) == (stage in OF_CLIP)
 
@@ -356,15 +374,15 @@ def test_init_keeps_the_tokens_that_the_weights_know(call, trained):
 
 
 def test_init_that_does_not_fit_is_refused(call, trained, tmp_path, monkeypatch):
-    wider = dict(TINY, decoder=dict(TINY["decoder"], channels=(8, 16)))
+    wider = dict(TINY, decoder=dict(TINY["decoder"], channels=(16,)))
     monkeypatch.setitem(train.SIZES, "small", wider)
     status, err = call("--stage", "decoder", "--init", trained, "--out", "run")
     assert status == 2 and "do not fit" in err[-1] and f"{trained}/decoder.pt" in err[-1]
     assert "\n" not in err[-1] and not list(tmp_path.glob("run/*"))
 
 
-@pytest.mark.parametrize("spoil, word", [("missing", "no such weights"), ("another's", "another CLIP"),
-                                         ("misnamed", "not a decoder")])
+@pytest.mark.parametrize("spoil, word", [
+    ("missing", "no such weights"), ("another's", "another CLIP"), ("misnamed", "not a decoder")])
 def test_init_that_is_wrong_is_refused(call, copied, tmp_path, spoil, word):
     path = copied / "decoder.pt"
     if spoil == "missing":
@@ -394,37 +412,31 @@ def test_the_learning_rate_warms_up_and_ends_near_zero(steps):
     assert rates[0] == pytest.approx(0.1 / warm_up) and min(rates) > 0
     assert rates[:peak + 1] == sorted(rates[:peak + 1])
     assert rates[peak:] == sorted(rates[peak:], reverse=True)
-    assert steps < 10 or rates[-1] < 0.1 * (3 / steps) ** 1
+    assert steps < 10 or rates[-1] < 0.1 * 3 / steps
 
 
-def averaged(steps, decay):
-    """The EMA of a weight that is 0 at first and 1 at all later steps."""
-    run = SimpleNamespace(recipe=train.Recipe(steps, 1, 0.1), device=torch.device("cpu"),
-                          args=SimpleNamespace(seed=0))
-    model = nn.Linear(1, 1)
-    nn.init.zeros_(model.weight)
-    state = train.State(run, model)
-    nn.init.ones_(model.weight)
-    for state.step in range(1, steps + 1):
+def state_of(model, recipe=train.Recipe(steps=1, batch_size=1, lr=0.1)):
+    return train.State(SimpleNamespace(recipe=recipe, device=torch.device("cpu"),
+                                       args=SimpleNamespace(seed=0)), model)
+
+
+def averaged(steps, decay=0.999):
+    """The average of a weight that is 0 at first and 1 after each of these steps."""
+    state = state_of(nn.Linear(1, 1))
+    nn.init.zeros_(state.ema.weight)
+    nn.init.ones_(state.model.weight)
+    for state.step in steps:
         state.update_ema(decay)
     return state.ema.weight.item()
 
 
 def test_the_average_of_a_short_run_is_not_its_initialisation():
-    assert averaged(5, 0.999) > 0.99
-    assert 0.999 ** 5 > 0.99                                  # control: what would be left of it
+    assert averaged(range(1, 6)) > 0.99
+    assert 0.999 ** 5 > 0.99                                  # what would be left without warm-up
 
 
 def test_the_average_of_a_long_run_is_slow():
-    run = [averaged(20000, 0.999), averaged(20000, 0.9999)]
-    assert all(value > 0.999 for value in run)
-    state = train.State(SimpleNamespace(recipe=train.Recipe(1, 1, 0.1), device=torch.device("cpu"),
-                                        args=SimpleNamespace(seed=0)), nn.Linear(1, 1))
-    nn.init.zeros_(state.ema.weight)
-    nn.init.ones_(state.model.weight)
-    state.step = 20000
-    state.update_ema(0.999)
-    assert state.ema.weight.item() == pytest.approx(0.001, rel=1e-3)
+    assert averaged([20000]) == pytest.approx(0.001, rel=1e-3)
 
 
 def test_the_average_in_a_checkpoint_is_near_what_was_learnt(copied, call):
@@ -437,10 +449,9 @@ def test_the_average_in_a_checkpoint_is_near_what_was_learnt(copied, call):
 
 
 def test_weight_decay_is_for_matrices():
-    run = SimpleNamespace(recipe=train.Recipe(1, 1, 0.1, 0.05), device=torch.device("cpu"),
-                          args=SimpleNamespace(seed=0))
     model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
-    matrices, vectors = train.State(run, model).optimizer.param_groups
+    state = state_of(model, train.Recipe(1, 1, lr=0.1, weight_decay=0.05))
+    matrices, vectors = state.optimizer.param_groups
     assert matrices["weight_decay"] == 0.05 and [p.dim() for p in matrices["params"]] == [2]
     assert vectors["weight_decay"] == 0 and {p.dim() for p in vectors["params"]} == {1}
 
@@ -534,7 +545,8 @@ def test_shifting_moves_each_picture_on_its_own_and_repeats_the_border():
     assert dy.unique().tolist() == dx.unique().tolist() == list(range(-4, 5))
     assert len({*zip(dy.tolist(), dx.tolist())}) > 60                    # not along a diagonal
     for k in range(20):
-        rows, columns = (torch.arange(12) + dy[k]).clamp(0, 11), (torch.arange(10) + dx[k]).clamp(0, 9)
+        rows = (torch.arange(12) + dy[k]).clamp(0, 11)
+        columns = (torch.arange(10) + dx[k]).clamp(0, 9)
         assert torch.equal(y[k, 0], x[rows][:, columns])
 
 
@@ -567,9 +579,8 @@ def own(tmp_path):
 def test_few_pictures_with_long_captions_train_every_stage(call, own):
     status, err = call("--data", "folder", "--data-dir", own, "--out", "run", steps=1)
     assert status == 0, err
-    (status, _), png = call("--data", "folder", "--data-dir", own, "--out", "run", "--stage", "prior",
-                            "--restart", steps=1), "run/prior.png"
-    assert status == 0 and os.path.exists(png)
+    argv = ["--data", "folder", "--data-dir", own, "--out", "run", "--restart"]
+    assert call(*argv, "--stage", "prior", steps=1)[0] == 0 and os.path.exists("run/prior.png")
     assert load_part("run/clip.pt").config.context == 77
 
 
@@ -594,8 +605,8 @@ def test_cifar10_has_no_upsampler(call):
     (["--data", "folder", "--data-dir", "nowhere"], ["--data-dir nowhere"]),
     (["--data", "coco", "--data-dir", "nowhere"], ["--data-dir nowhere"]),
     (["--data", "cifar10", "--data-dir", "nowhere"], ["nowhere"]),
-    (["--stage", "decoder", "--init", "nowhere"], ["nowhere", "clip.pt"]),
-    (["--stage", "clip", "--init", "nowhere"], ["nowhere/clip.pt"]),
+    (["--stage", "decoder", "--init", "nowhere"], ["--init nowhere"]),
+    (["--stage", "clip", "--init", "."], ["clip.pt", "--init"]),
     (["--out", "file"], ["--out file"]), (["--out", "file/below"], ["--out file/below"])])
 def test_faults(call, argv, words):
     open("file", "w").close()

@@ -476,6 +476,14 @@ def test_a_file_that_is_no_checkpoint_is_refused_in_one_line_that_names_it(
     assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
 
 
+def test_a_checkpoint_is_written_beside_and_renamed(tmp_path, monkeypatch):
+    real, targets = torch.save, []
+    monkeypatch.setattr(torch, "save", lambda value, to: targets.append(to) or real(value, to))
+    write_torch(tmp_path / "x.pt", {"a": 1})
+    assert len(targets) == 1 and targets[0].parent == tmp_path and targets[0].name != "x.pt"
+    assert list(tmp_path.iterdir()) == [tmp_path / "x.pt"]
+
+
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
     path = tmp_path / "x.pt"
     write_torch(path, {"a": 1})
@@ -581,6 +589,7 @@ def test_the_book_needs_four_packages_and_its_tests_one_more():
     known = set(sys.stdlib_module_names) | CHAPTERS.keys()
     for name, found in CHAPTERS.items():
         assert found <= known | PACKAGES, f"{name}.py imports {sorted(found - known - PACKAGES)}"
-    for path in (ROOT / "tests").glob("*.py"):
-        found = imports(path) - known - PACKAGES
-        assert found <= {"pytest", "conftest"}, f"{path.name} imports {sorted(found)}"
+    tests = list((ROOT / "tests").glob("*.py"))
+    for path in tests:
+        found = imports(path) - known - PACKAGES - {other.stem for other in tests}
+        assert found <= {"pytest"}, f"{path.name} imports {sorted(found)}"
