@@ -139,9 +139,9 @@ class DecoderConfig:
     text_width: int = 128
     text_depth: int = 2
     predict: str = "v"
-    steps: int = 25                      # of sampling
+    steps: int = 16                      # of sampling
     eta: float = 0.0
-    guidance: float = 2.0
+    guidance: float = 3.0
 
 
 class Decoder(nn.Module):

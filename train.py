@@ -52,7 +52,7 @@ class Recipe:
 
 RECIPES = {
     "small": {"clip": Recipe(2500, 128, 1e-3, 0.05), "prior": Recipe(2500, 64, 1e-3, 0.02),
-              "ar-prior": Recipe(1200, 64, 1e-3, 0.02), "decoder": Recipe(2500, 32, 1e-3),
+              "ar-prior": Recipe(1200, 64, 1e-3, 0.02), "decoder": Recipe(2800, 32, 1e-3),
               "upsampler": Recipe(3500, 16, 1e-3)},
     "base": {"clip": Recipe(12000, 512, 1e-3, 0.1), "prior": Recipe(20000, 512, 5e-4, 0.02),
              "ar-prior": Recipe(20000, 512, 5e-4, 0.02), "decoder": Recipe(60000, 256, 4e-4),
@@ -551,10 +551,12 @@ def check(args):
     if not 0 <= args.seed < 2**64:
         raise ValueError(f"--seed {args.seed}: must be 0 or more, and below 2**64")
     if args.init and args.stage == "all":
-        raise ValueError(f"--init {args.init}: its parts belong to its own CLIP, not to a new one; "
-                         f"choose one --stage")
+        raise ValueError(f"--init {args.init}: its parts belong to its own CLIP, not to a new "
+                         f"one; choose one --stage")
     if args.data in ("coco", "folder") and not args.data_dir:
         raise ValueError(f"--data {args.data}: say where it is, with --data-dir DIR")
+    if args.init and not Path(args.init).is_dir():
+        raise ValueError(f"--init {args.init}: no such folder of weights")
     try:
         torch.zeros(1, device=args.device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError):
