@@ -241,7 +241,9 @@ class Upsampler(nn.Module):
 
     Being convolutional it trains on crops, a quarter of the side, and is applied to whole pictures.
     differs from the paper: a second one, for larger pictures still, is trained there on input
-    corrupted by BSR degradation; here any stage's input is slightly blurred.
+    corrupted by BSR degradation; here any stage's input is slightly blurred. And it is blurred
+    when sampling too: a network this small learns to undo just that blur, and would surround
+    what is sharp already with halos.
     """
 
     def __init__(self, config):
@@ -251,8 +253,8 @@ class Upsampler(nn.Module):
         self.unet = UNet(6, 3, c.channels, c.blocks, [False] * len(c.channels), c.emb_width)
 
     def enlarge(self, low):
-        """(B, 3, h, w) → (B, 3, h·factor, w·factor), bicubic."""
-        return F.interpolate(low, scale_factor=float(self.config.factor), mode="bicubic")
+        """(B, 3, h, w) → (B, 3, h·factor, w·factor), slightly blurred, bicubic."""
+        return F.interpolate(blur(low), scale_factor=float(self.config.factor), mode="bicubic")
 
     def forward(self, x_t, t, low):
         """The network f: x_t (B, 3, H, W), t (B,), low (B, 3, H, W) enlarged → (B, 3, H, W)."""
@@ -261,7 +263,7 @@ class Upsampler(nn.Module):
     def loss(self, x, generator=None):
         """x (B, 3, S, S) in [-1, 1], full size; trains on a crop of each, a quarter of the side."""
         B, S, device, k = len(x), x.shape[-1], x.device, self.config.factor
-        low = self.enlarge(blur(F.avg_pool2d(x, k)))
+        low = self.enlarge(F.avg_pool2d(x, k))
         rand = lambda: torch.rand(B, device=device, generator=generator)
         side = S // 4                    # crops start on a small pixel's edge, as whole pictures do
         rows, columns = ((rand() * ((S - side) // k + 1)).long() * k for _ in range(2))
@@ -284,7 +286,7 @@ class Upsampler(nn.Module):
 
 
 def blur(x, sigma=0.6):
-    """Gaussian blur, kernel 3: training's slight corruption of the small picture (sec. 2.1)."""
+    """Gaussian blur, kernel 3: the slight corruption of the small picture (sec. 2.1)."""
     i = torch.arange(-1, 2, device=x.device, dtype=x.dtype)
     g = torch.exp(-(i / sigma) ** 2 / 2)
     kernel = (g[:, None] * g / g.sum() ** 2).expand(x.shape[1], 1, 3, 3)

@@ -252,7 +252,7 @@ def test_enlarging_shifts_nothing(factor):
     low = torch.linspace(-1, 1, 12).expand(1, 3, 12, 12)
     high = upsampler(factor=factor).enlarge(low)
     assert high.shape == (1, 3, 12 * factor, 12 * factor)
-    inner = slice(2, -2)
+    inner = slice(3, -3)
     assert torch.allclose(F.avg_pool2d(high, factor)[..., inner], low[..., inner], atol=1e-4)
 
 
@@ -304,13 +304,13 @@ def test_the_blur_is_the_paper_s_sums_to_one_and_keeps_flat_colour():
     assert torch.allclose(blur(flat), flat)
 
 
-def test_the_small_picture_is_blurred_in_training_and_not_in_use(monkeypatch):
+def test_the_small_picture_is_blurred_once_in_training_and_in_use_alike(monkeypatch):
+    """Blurred in training alone, it made the sampler sharpen what was sharp: halos."""
     model, calls = upsampler(), []
     monkeypatch.setattr("decoder.blur", lambda x: calls.append(x) or x)
     model.sample(torch.zeros(1, 3, 8, 8), normal(1, 3, 32, 32))
-    assert calls == []
     model.loss(torch.zeros(1, 3, 64, 64))
-    assert len(calls) == 1 and calls[0].shape == (1, 3, 16, 16)
+    assert [x.shape for x in calls] == [(1, 3, 8, 8), (1, 3, 16, 16)]
 
 
 def test_the_upsampler_learns_to_follow_the_small_picture():
