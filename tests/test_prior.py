@@ -218,9 +218,22 @@ def test_of_two_candidates_the_one_with_the_larger_dot_is_kept():
     assert torch.allclose(best, torch.where(first_wins[:, None], first, second), atol=1e-5)
 
 
+def test_the_answer_and_z_i_t_are_weighed_by_their_precision():
+    """Two independent measurements of errors a and b make one of error 1/√(1/a² + 1/b²)."""
+    prior, z_i = diffusion_prior(), 0.5 * normal(20_000, D)()
+    answer = z_i + prior.config.error * torch.randn(z_i.shape)
+    for t in (1, 50, 100, 1000):
+        ts = torch.full((len(z_i),), t)
+        z_i_t = prior.diffusion.q_sample(z_i, ts, torch.randn(z_i.shape))
+        off = (prior.weighed(answer, z_i_t, ts) - z_i).square().mean().sqrt().item()
+        ab = prior.diffusion.alphas_bar[t].item()
+        assert off == pytest.approx((1 / prior.config.error**2 + ab / (1 - ab)) ** -0.5, rel=0.02)
+
+
 def test_one_candidate_is_the_plain_sample():
     prior, noise, no = awake(diffusion_prior()), normal(2, D)(), torch.zeros(2, dtype=torch.bool)
-    plain = prior.diffusion.sample(lambda x, t: prior(x, t, Z_T, TOKENS, no), noise, 20)
+    f = lambda x, t: prior.weighed(prior(x, t, Z_T, TOKENS, no), x, t)
+    plain = prior.diffusion.sample(f, noise, prior.config.steps)
     z_i = prior.sample(Z_T, TOKENS, lambda: noise, candidates=1)
     assert torch.allclose(z_i, F.normalize(plain, dim=1), atol=1e-6)
 
