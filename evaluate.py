@@ -265,17 +265,19 @@ def compare(captions, seen):
     return right
 
 
-def conditions(bench, captions, rows):
+def conditions(bench, captions, rows, baselines=False):
     """Pictures of the captions, by what the decoder is given: yields (name, pictures).
 
-    All of them share their noise; and chance, at last, is the renders of other captions.
+    All of them share their noise. baselines: without a prior, too. Chance, at last, is the renders
+    of other captions.
     """
     renders = bench.renders(captions, rows)
     yield "renders", renders
     for prior in bench.priors:
         yield f"z_i by the {prior} prior", bench.draw(captions, rows, prior)
-    yield "z_t in place of z_i", bench.draw(captions, rows, "text")
-    yield "caption only", bench.draw(captions, rows, "none")
+    if baselines:
+        yield "z_t in place of z_i", bench.draw(captions, rows, "text")
+        yield "caption only", bench.draw(captions, rows, "none")
     order = torch.randperm(len(renders), generator=torch.Generator().manual_seed(bench.seed))
     yield "chance: renders, shuffled", renders[order]
 
@@ -318,10 +320,10 @@ def accuracy(bench):
                 rows[-1][f"{which}{title} %"] = mean(right[key][k])
         return right["all"]
 
-    for name, pictures in conditions(bench, captions, noise):
+    for name, pictures in conditions(bench, captions, noise, baselines=True):
         right = add(name, pictures)
         if "diffusion" in name:
-            bench.figure("accuracy", pictures[::n], len(COLOURS))
+            bench.figure("accuracy", enlarged(bench, pictures[::n]), len(COLOURS))
             wrong = (~right & ~unseen).nonzero()[:16, 0].tolist()
             if wrong:
                 bench.figure("mistakes", pictures[wrong], 8)
@@ -359,7 +361,7 @@ def two(bench):
     n = bench.most(8)
     pictures = bench.draw([caption for caption in shown for _ in range(n)], list(range(n)) * 4,
                           "diffusion")
-    bench.figure("two", pictures, n)
+    bench.figure("two", enlarged(bench, pictures), n)
     return rows
 
 
@@ -383,7 +385,7 @@ def variety(bench):
                      "spread, across": x, "spread, down": y,
                      "large %": mean(seen["size"][k, 0] == SIZES.index("large"))})
         if "diffusion" in name:
-            bench.figure("variety", pictures[:32], 8)
+            bench.figure("variety", enlarged(bench, pictures[:32]), 8)
     return rows
 
 
@@ -451,6 +453,28 @@ def energy_distance(x, y):
     def within(a):                                       # of different samples alone
         return distances(a, a).sum((-2, -1)) / (a.shape[-2] * (a.shape[-2] - 1))
     return 2 * distances(x, y).mean((-2, -1)) - within(x) - within(y)
+
+
+def codes(bench):
+    """z_i as the AR prior's codes and back: what is lost, by the number of buckets.
+
+    Of 1,000 validation renders, as a share of their variance; axes and buckets come from 5,000
+    training renders. The paper's rule keeps the fewest axes that lose less than 1 % of these."""
+    train, z_i = (bench.encode(load("shapes", split, limit=bench.most(N)).images)
+                  for split, N in (("train", 5000), ("validation", 1000)))
+    mean_z_i, axes, variances = PCATokens.principal(train)
+    k, D = PCATokens.components_needed(variances), len(axes)
+
+    def row(buckets, decoded):
+        lost = (decoded - z_i).square().sum() / (z_i - z_i.mean(0)).square().sum()
+        return {"axes": k, "variance %": (variances[:k].sum() / variances.sum()).item(),
+                "buckets": buckets, "lost %": lost.item()}
+    rows = []
+    for buckets in 4, 8, 16, 32, 64, 128, 256:
+        tokens = PCATokens(D, k, buckets).to(z_i.device).fit(train)
+        rows.append(row(buckets, tokens.decode(tokens.encode(z_i))))
+    on_axes = mean_z_i + (z_i - mean_z_i) @ axes[:k].T @ axes[:k]
+    return rows + [row("none", F.normalize(on_axes, dim=1))]
 
 
 def priors(bench):
@@ -526,7 +550,6 @@ def cost(prior, z_i, z_t, tokens):
 # pictures that are upsampled; there alone the caption plays a part.
 
 STEPS = 25                     # of inversion, and of decoding
-
 
 
 def renders_and_others(bench, N, alone=True):
@@ -947,7 +970,7 @@ def cifar10(bench):
 # ---- The command ---------------------------------------------------------------------------------
 
 EXPERIMENTS = {"judge": judge_itself, "accuracy": accuracy, "two": two, "variety": variety,
-               "clip": clip, "priors": priors, "upsampler": upsampler,
+               "clip": clip, "codes": codes, "priors": priors, "upsampler": upsampler,
                "reconstruct": reconstruct, "vary": vary, "interpolate": interpolate,
                "edit": edit, "pca": pca, "cifar10": cifar10}
 REAL = {"cifar10"}             # experiments on real pictures; the others are on rendered shapes

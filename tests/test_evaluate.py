@@ -205,7 +205,7 @@ def test_priors_know_their_own_kind(bench, monkeypatch):
 # ---- The command --------------------------------------------------------------------------------
 
 FIGURES = {"judge": [], "accuracy": ["accuracy.png", "mistakes.png"], "two": ["two.png"],
-           "variety": ["variety.png"], "clip": [], "priors": []}
+           "variety": ["variety.png"], "clip": [], "codes": [], "priors": []}
 
 
 @pytest.mark.parametrize("name", FIGURES)
