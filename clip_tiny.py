@@ -230,10 +230,11 @@ class CLIPConfig:
     """What CLIP's weights depend on. The defaults are the small size, for rendered shapes."""
     image_size: int = 32     # pixels a side
     patch: int = 8           # pixels a side that become one image token; a power of two
-    width: int = 128         # of the image tower
-    depth: int = 4
+    stem: int = 24           # channels of the first convolution; double with each halving
+    width: int = 128         # of the image tower's Transformer
+    depth: int = 2
     text_width: int = 128
-    text_depth: int = 3
+    text_depth: int = 2
     dim: int = 64            # of z_i and z_t, the paper's D
     vocab: int = 0           # of the tokenizer that belongs to these weights
     context: int = 64        # most tokens of a caption
@@ -251,12 +252,11 @@ class CLIP(nn.Module):
         self.config = c = config
         # differs from the paper: a ViT's patches are cut by one linear map; here by a few strided
         # convolutions, with which so small a ViT learns far more in the same minutes.
-        halvings = int(math.log2(c.patch))
-        first = c.width // 2 ** min(halvings, 2)                     # e.g. 32, then 64, 128, 128
-        widths = [min(c.width, first * 2 ** k) for k in range(halvings + 1)]
+        widths = [min(c.width, c.stem * 2 ** k) for k in range(int(math.log2(c.patch)))] + [c.width]
         stem = [nn.Conv2d(3, widths[0], 3, padding=1)]
         for w_in, w_out in zip(widths, widths[1:]):
-            stem += [nn.GELU(), nn.Conv2d(w_in, w_out, 3, stride=2, padding=1)]
+            stem += [nn.GroupNorm(8, w_in), nn.GELU(),
+                     nn.Conv2d(w_in, w_out, 3, stride=2, padding=1)]
         self.stem = nn.Sequential(*stem)
         self.position = nn.Parameter(torch.randn((c.image_size // c.patch) ** 2, c.width) * 0.02)
         self.image_transformer = Transformer(c.width, c.depth)

@@ -51,8 +51,8 @@ class Recipe:
 
 
 RECIPES = {
-    "small": {"clip": Recipe(2500, 128, 1e-3, 0.05), "prior": Recipe(2500, 64, 1e-3, 0.02),
-              "ar-prior": Recipe(1200, 64, 1e-3, 0.02), "decoder": Recipe(2800, 32, 1e-3),
+    "small": {"clip": Recipe(3200, 128, 1e-3, 0.05), "prior": Recipe(2500, 64, 1e-3, 0.02),
+              "ar-prior": Recipe(1900, 64, 1e-3, 0.02), "decoder": Recipe(4500, 16, 1e-3),
               "upsampler": Recipe(3500, 16, 1e-3)},
     "base": {"clip": Recipe(12000, 512, 1e-3, 0.1), "prior": Recipe(20000, 512, 5e-4, 0.02),
              "ar-prior": Recipe(20000, 512, 5e-4, 0.02), "decoder": Recipe(60000, 256, 4e-4),
@@ -61,7 +61,7 @@ RECIPES = {
 # What --size changes in the models; everything else keeps its default.
 SIZES = {
     "small": {"clip": dict(patch=8), "prior": {}, "ar-prior": {}, "decoder": {}, "upsampler": {}},
-    "base": {"clip": dict(patch=4, width=256, depth=6, text_width=192, text_depth=3, dim=128),
+    "base": {"clip": dict(patch=4, stem=64, width=256, depth=6, text_width=192, text_depth=3, dim=128),
              "prior": dict(width=256, depth=5), "ar-prior": dict(width=256, depth=4),
              "decoder": dict(channels=(64, 128, 192), blocks=(2, 2, 2), emb_width=256,
                              attention=(False, True, True)),
