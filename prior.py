@@ -133,14 +133,15 @@ class DiffusionPrior(nn.Module):
         return self.diffusion.loss(f, z_i * self.scale, t, eps)
 
     def weighed(self, answer, z_i_t, t):
-        """The network's answer and z_i_t itself, each weighed by its precision → (B, D).
+        """The network's answer and z_i_t itself (B, D), scaled, at the steps t, each weighed by its
+        precision, 1/error² → (B, D).
 
         differs from the paper: a Transformer copies z_i_t only roughly. With little noise left its
         answer is farther off than z_i_t, and samples come out too much alike.
         """
         signal, noise = self.diffusion.signal_and_noise(t, z_i_t)
-        known, error = (signal / noise) ** 2, self.config.error ** 2             # 1/error², error²
-        return (answer + known * error * (z_i_t / signal)) / (1 + known * error)
+        weight = (self.config.error * signal / noise) ** 2       # precision of z_i_t / the answer's
+        return (answer + weight * z_i_t / signal) / (1 + weight)
 
     @torch.no_grad()
     def sample(self, z_t, tokens, noise, candidates=2, guidance=None, steps=None, eta=None):

@@ -61,7 +61,8 @@ RECIPES = {
 # What --size changes in the models; everything else keeps its default.
 SIZES = {
     "small": {"clip": dict(patch=8), "prior": {}, "ar-prior": {}, "decoder": {}, "upsampler": {}},
-    "base": {"clip": dict(patch=4, stem=64, width=256, depth=6, text_width=192, text_depth=3, dim=128),
+    "base": {"clip": dict(patch=4, stem=64, width=256, depth=6, text_width=192, text_depth=3,
+                          dim=128),
              "prior": dict(width=256, depth=5), "ar-prior": dict(width=256, depth=4),
              "decoder": dict(channels=(64, 128, 192), blocks=(2, 2, 2), emb_width=256,
                              attention=(False, True, True)),
@@ -238,7 +239,7 @@ class UpsamplerStage:
         return model.loss(data.to_float(images[i]), generator)
 
     def watch(self, model):
-        """Small pictures enlarged bicubically, by the upsampler, and the true large ones."""
+        """Small pictures blurred and enlarged, by the upsampler, and the true large ones."""
         x = data.to_float(self.data[1][:4])
         low = F.avg_pool2d(x, model.config.factor)
         high = model.sample(low, Noise(0, range(len(x)), x.shape[1:], "upsampler 0", x.device))
