@@ -102,7 +102,7 @@ class Tokenizer:
 
     def unknown_words(self, text):
         """The words of a text that never occurred in training, in order."""
-        words = re.findall(r"\w+", text.lower())
+        words = re.findall(r"\w+|[^\w\s!-~‐-…]+", text.lower())   # emoji are words, marks not
         return [word for k, word in enumerate(words) if word not in self.words | set(words[:k])]
 
     def state(self):

@@ -32,7 +32,8 @@ class Diffusion:
     """
 
     def __init__(self, T=1000, predict="x_0"):
-        assert predict in ("x_0", "eps", "v"), predict
+        if predict not in ("x_0", "eps", "v"):
+            raise ValueError(f"predict {predict!r}: choose x_0, eps or v")
         self.T, self.predict = T, predict
         self.alphas_bar = cosine_alphas_bar(T)
         self.roots = torch.stack([self.alphas_bar.sqrt(), (1 - self.alphas_bar).sqrt()])

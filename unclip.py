@@ -140,13 +140,13 @@ class UnCLIP:
 
         x_T is slerped as well, so that the ends are the pictures given; or one random x_T for all.
         """
-        (z_a, x_a), (z_b, x_b) = self.latent(a, steps), self.latent(b, steps)
         t = torch.linspace(0, 1, n, device=self.device)
-        z_i = slerp(z_a.expand(n, -1), z_b.expand(n, -1), t)
+        between = lambda a, b: slerp(a.expand(n, *a.shape[1:]), b.expand(n, *b.shape[1:]), t)
         if fixed_noise:
+            z_i = between(self.clip.encode_image(a), self.clip.encode_image(b))
             x_T = self.noise(seed, [0], "decoder")().expand(n, -1, -1, -1)
         else:
-            x_T = slerp(x_a.expand(n, *x_a.shape[1:]), x_b.expand(n, *x_b.shape[1:]), t)
+            z_i, x_T = map(between, self.latent(a, steps), self.latent(b, steps))
         return self.decode(z_i, x_T, steps, guidance=guidance)
 
     def edit(self, x, to, base="a photo", n=7, theta=0.4, steps=50, guidance=1.0):
@@ -207,7 +207,7 @@ def slerp(a, b, t):
 def save_part(path, part, model, trained, half=False):
     """Write a part's weights with all it takes to use them; beside, then renamed.
 
-    trained: what it was trained on: a dict of numbers and strings. model.clip_id names the CLIP
+    trained: how, a dict; its "data" names the data set. model.clip_id names the CLIP
     that the part belongs to.
     """
     weights = {k: v.detach().cpu().to(torch.float16 if half and v.is_floating_point() else v.dtype)
@@ -257,9 +257,10 @@ def load_part(path, device="cpu"):
         model = kind(config(**checkpoint["config"]))
         model.load_state_dict(checkpoint["weights"], strict=True)
         model.clip_id, model.trained = checkpoint["clip_id"], checkpoint["trained"]
+        model.trained["data"]
         if kind is CLIP:
             model.tokenizer = Tokenizer(**checkpoint["tokenizer"])
-    except (TypeError, KeyError, RuntimeError) as error:
+    except (TypeError, KeyError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise ValueError(f"{path}: its weights do not fit this code ({reason}); "
                          f"train it again") from None

@@ -123,6 +123,7 @@ def test_truncation_keeps_the_end_of_text(tokenizer):
 def test_unknown_words_are_named_once_and_in_order(tokenizer):
     assert tokenizer.unknown_words("Red Fox, a red patch; zebra-fox") == ["fox", "a", "zebra"]
     assert tokenizer.unknown_words(CAPTIONS[0]) == []
+    assert tokenizer.unknown_words("a “red” patch – 🟥!") == ["a", "🟥"]
 
 
 def test_the_state_is_plain_and_makes_the_same_tokenizer(tokenizer):

@@ -347,6 +347,7 @@ def test_interpolation_turns_red_to_blue_evenly(toy):
 
 
 def test_fixed_noise_interpolates_what_clip_sees_alone(toy):
+    toy.decoder.diffusion.invert = None                                 # nothing is inverted
     path = toy.interpolate(RED, BLUE, n=5, fixed_noise=True)
     rest = path - path.mean(dim=(2, 3), keepdim=True)
     assert (rest - rest[:1]).abs().max() < 0.02                         # all of one pattern …
@@ -439,6 +440,10 @@ def broken(checkpoint, how):
         del checkpoint["clip_id"]
     elif how == "another format":
         checkpoint["format"] = 999
+    elif how == "an unknown prediction":
+        checkpoint["config"]["predict"] = "x_1"
+    elif how == "no data set named":
+        del checkpoint["trained"]["data"]
     elif how == "an unknown part":
         checkpoint["part"] = "gan"
     return checkpoint
@@ -446,7 +451,8 @@ def broken(checkpoint, how):
 
 @pytest.mark.parametrize("how", [
     "a weight missing", "a weight too many", "a weight of another shape",
-    "an unknown field in its config", "no CLIP named", "another format", "an unknown part"])
+    "an unknown field in its config", "no CLIP named", "no data set named",
+    "an unknown prediction", "another format", "an unknown part"])
 def test_a_checkpoint_is_refused_in_one_line_that_names_it_if_it_has(tiny_weights, tmp_path, how):
     path = tmp_path / "decoder.pt"
     write_torch(path, broken(torch.load(tiny_weights / "decoder.pt", weights_only=True), how))
