@@ -354,7 +354,8 @@ class State:
         save_part(run.files["pt"], run.part, self.ema, {
             "data": run.args.data, "size": run.args.size, "limit": run.args.limit,
             "seed": run.args.seed, "steps": self.step, "batch_size": run.recipe.batch_size,
-            "minutes": round(self.seconds / 60, 1), "device": run.device.type})
+            "minutes": round(self.seconds / 60, 1), "device": run.device.type,
+            "init": run.given and run.given.trained})
 
     def load(self, run):
         """Go on from a saved state; raises ValueError if it belongs to another configuration."""

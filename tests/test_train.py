@@ -362,6 +362,7 @@ def test_init_begins_with_given_weights(call, trained, stage):
     given, now = (load_part(f"{folder}/{part(stage)}.pt") for folder in (trained, "run"))
     for name, value in now.state_dict().items():
         assert torch.allclose(value, given.state_dict()[name], atol=1e-20), name
+    assert now.trained["init"] == given.trained and given.trained["init"] is None
     assert (given.clip_id == now.clip_id) == (stage != "clip")
     assert any("no clip.pt in run" in line for line in err) == (stage in OF_CLIP)
 
