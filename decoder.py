@@ -185,7 +185,9 @@ class Decoder(nn.Module):
         """
         B, device = len(x), x.device
         rand = lambda: torch.rand(B, device=device, generator=generator)
-        t = (rand() * self.diffusion.T).long() + 1
+        # differs from the paper: t is not uniform, but the larger of two draws (density 2t/T). What
+        # stands where is decided at high noise, and a short training has little time for it.
+        t = (torch.maximum(rand(), rand()) * self.diffusion.T).long() + 1
         drop_z_i, drop_text = rand() < Z_I_DROP, rand() < TEXT_DROP
         eps = torch.randn(x.shape, device=device, generator=generator)
         f = lambda x_t, t: self(x_t, t, z_i, tokens, drop_z_i, drop_text)

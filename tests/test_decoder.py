@@ -146,8 +146,11 @@ def test_training_drops_z_i_1_time_in_10_and_the_caption_every_other_independent
     assert (z_i * text).mean().item() == pytest.approx(0.05, abs=0.012)
 
 
-def test_training_visits_every_step_from_1_to_T(monkeypatch):
-    assert in_training(monkeypatch, 20000)[1].unique().tolist() == list(range(1, 1001))
+def test_training_visits_steps_from_1_to_T_in_proportion_to_their_noise(monkeypatch):
+    t = in_training(monkeypatch, 100_000)[1]
+    assert 1 <= t.min() < 20 and t.max() == 1000
+    counts = t.sub(1).div(100, rounding_mode="floor").bincount() / len(t)
+    assert torch.allclose(counts, torch.arange(1, 20, 2) / 100, atol=0.005)     # density 2t/T
 
 
 # ---- Guidance ------------------------------------------------------------------------------------
