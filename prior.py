@@ -176,10 +176,11 @@ class ARPriorConfig:
     context: int             # most tokens of a caption
     components: int          # PCA components, one code each
     buckets: int = 64        # values a code may have
+    waves: int = 24          # cosines that its embedding and its logits are made of
     dot_buckets: int = 32    # values the quantised z_i·z_t may have
     width: int = 192
     depth: int = 4
-    temperature: float = 1.0
+    temperature: float = 0.8     # of drawing; the paper leaves it open
     guidance: float = 1.0
 
 
@@ -257,14 +258,18 @@ class ARPrior(nn.Module):
         self.register_buffer("dot_edges", torch.zeros(c.dot_buckets - 1))
         self.caption = Caption(c.vocab, c.context, c.dim, c.width)
         self.dot = nn.Embedding(c.dot_buckets, c.width)
-        self.code = nn.Embedding(c.components * c.buckets, c.width)    # each place has its own
-        # z_t, dot, codes
-        self.position = nn.Parameter(torch.randn(c.components + 2, c.width) * 0.02)
+        # A code is a place on a scale, and its neighbours mean nearly the same. So it is embedded,
+        # and its logits are made, by a few cosines along that scale, for each component of its own.
+        # A free vector for every code would have to learn the order from the data, and overfits.
+        x = (torch.arange(c.buckets) + 0.5) / c.buckets
+        waves = (math.pi * x[:, None] * torch.arange(c.waves)).cos()           # (buckets, waves)
+        self.register_buffer("waves", waves, persistent=False)
+        self.code = nn.Parameter(torch.randn(c.components, c.waves, c.width) * 0.02)
+        self.position = nn.Parameter(torch.randn(c.components + 2, c.width) * 0.02)  # z_t, dot, codes
         self.transformer = Transformer(c.width, c.depth)
         self.dot_logits = nn.Linear(c.width, c.dot_buckets)
-        self.code_logits = nn.Parameter(torch.zeros(c.components, c.width, c.buckets))
-        for table in (self.dot, self.code):
-            nn.init.normal_(table.weight, std=0.02)
+        self.code_logits = nn.Parameter(torch.zeros(c.components, c.width, c.waves))
+        nn.init.normal_(self.dot.weight, std=0.02)
 
     def fit(self, z_i, z_t):
         """Take the PCA, the buckets and the dot's edges from training pairs, (N, D) each."""
@@ -275,8 +280,9 @@ class ARPrior(nn.Module):
 
     def embed(self, codes, first=0):
         """codes (B, n) of the components first … first + n − 1 → (B, n, width)."""
-        places = torch.arange(first, first + codes.shape[1], device=codes.device)
-        return self.code(codes + places * self.config.buckets) + self.position[2 + places]
+        end = first + codes.shape[1]
+        x = torch.einsum("bkm,kmw->bkw", self.waves[codes], self.code[first:end])
+        return x + self.position[2 + first:2 + end]
 
     def prefix(self, z_t, tokens, drop):
         """[caption tokens | z_t] (B, L + 1, width), and which of it may be seen."""
@@ -292,7 +298,8 @@ class ARPrior(nn.Module):
         dot = (self.dot(dot) + self.position[1])[:, None]
         x = torch.cat([prefix, dot, self.embed(codes[:, :-1])], 1)           # (B, L + 1 + k, width)
         h = self.transformer(x, causal_mask_of(visible, x.shape[1]))[:, tokens.shape[1]:]
-        return self.dot_logits(h[:, 0]), torch.einsum("bkw,kwv->bkv", h[:, 1:], self.code_logits)
+        code_logits = torch.einsum("bkw,kwm->bkm", h[:, 1:], self.code_logits) @ self.waves.T
+        return self.dot_logits(h[:, 0]), code_logits
 
     def loss(self, z_i, z_t, tokens, generator=None):
         """Cross-entropy of the codes and the dot, the caption hidden 10 % of the time; a scalar, in
@@ -311,9 +318,9 @@ class ARPrior(nn.Module):
         """z_t (B, D), tokens (B, L) → z_i (B, D), unit norm.
 
         top_half: draw the dot from the upper half of its training distribution (the paper's way; by
-        the model's own p(dot | y), which knows what a caption can attain), else from all of it, for
-        an unbiased sample. generators: one CPU generator a row, or None for torch's own. cached:
-        keep keys and values, or recompute them at each code.
+        the model's own p(dot | y), which knows what a caption can attain), else from all of it: with
+        temperature 1, an unbiased sample. generators: one CPU generator a row, or None for torch's
+        own. cached: keep keys and values, or recompute them at each code.
         """
         c, (B, L), device = self.config, tokens.shape, tokens.device
         s = c.guidance if guidance is None else guidance
@@ -337,7 +344,7 @@ class ARPrior(nn.Module):
         for k in range(c.components):
             x = torch.cat([x, new], 1)
             h = self.step(x, mask, caches)
-            codes = torch.cat([codes, draw(h @ self.code_logits[k])[:, None]], 1)
+            codes = torch.cat([codes, draw(h @ self.code_logits[k] @ self.waves.T)[:, None]], 1)
             new = self.embed(again(codes[:, -1:]), k)
         return self.pca.decode(codes)
 

@@ -363,6 +363,18 @@ def test_the_same_code_means_another_thing_in_another_place():
     assert (torch.cdist(embedded, embedded) + torch.eye(5)).min() > 1e-2
 
 
+def test_codes_are_alike_as_they_are_close():
+    prior = ARPrior(ARPriorConfig(D, vocab=10, context=8, components=1, buckets=64, width=32, depth=1))
+    embedded = prior.embed(torch.arange(64)[:, None])[:, 0]                      # (64, width)
+    near, far = (embedded[k:] - embedded[:-k] for k in (1, 16))
+    assert near.norm(dim=1).mean() < 0.7 * far.norm(dim=1).mean()
+    _, logits = awake(prior)(*ar_inputs(codes=torch.tensor([[5]])))
+    logits = logits[0, 0].detach()
+    waves = torch.linalg.lstsq(prior.waves, logits[:, None]).solution            # 24 make them all
+    assert torch.allclose(prior.waves @ waves, logits[:, None], atol=1e-4)
+    assert logits.std() > 0.05 and prior.waves.shape == (64, 24)
+
+
 def test_training_shows_the_true_dot_in_equally_filled_buckets():
     prior, dots, (z_i, y) = ar_prior(), [], toy()
     prior.dot.register_forward_hook(lambda module, inputs, output: dots.append(inputs[0]))
