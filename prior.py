@@ -258,9 +258,9 @@ class ARPrior(nn.Module):
         self.register_buffer("dot_edges", torch.zeros(c.dot_buckets - 1))
         self.caption = Caption(c.vocab, c.context, c.dim, c.width)
         self.dot = nn.Embedding(c.dot_buckets, c.width)
-        # A code is a place on a scale, and its neighbours mean nearly the same. So it is embedded,
-        # and its logits are made, by a few cosines along that scale, for each component of its own.
-        # A free vector for every code would have to learn the order from the data, and overfits.
+        # differs from the paper: a code is no word, but a place on a scale, where neighbours mean
+        # nearly the same. So its vector and its logit are made of a few cosines along that scale. A
+        # free vector for every code would have to learn the order from the data, and overfits.
         x = (torch.arange(c.buckets) + 0.5) / c.buckets
         waves = (math.pi * x[:, None] * torch.arange(c.waves)).cos()           # (buckets, waves)
         self.register_buffer("waves", waves, persistent=False)
