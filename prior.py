@@ -265,7 +265,7 @@ class ARPrior(nn.Module):
         waves = (math.pi * x[:, None] * torch.arange(c.waves)).cos()           # (buckets, waves)
         self.register_buffer("waves", waves, persistent=False)
         self.code = nn.Parameter(torch.randn(c.components, c.waves, c.width) * 0.02)
-        self.position = nn.Parameter(torch.randn(c.components + 2, c.width) * 0.02)  # z_t, dot, codes
+        self.position = nn.Parameter(torch.randn(2 + c.components, c.width) * 0.02)    # z_t, dot, …
         self.transformer = Transformer(c.width, c.depth)
         self.dot_logits = nn.Linear(c.width, c.dot_buckets)
         self.code_logits = nn.Parameter(torch.zeros(c.components, c.width, c.waves))
@@ -318,9 +318,9 @@ class ARPrior(nn.Module):
         """z_t (B, D), tokens (B, L) → z_i (B, D), unit norm.
 
         top_half: draw the dot from the upper half of its training distribution (the paper's way; by
-        the model's own p(dot | y), which knows what a caption can attain), else from all of it: with
-        temperature 1, an unbiased sample. generators: one CPU generator a row, or None for torch's
-        own. cached: keep keys and values, or recompute them at each code.
+        the model's own p(dot | y), which knows what a caption can attain), else from all of it:
+        with temperature 1, an unbiased sample. generators: one CPU generator a row, or None for
+        torch's own. cached: keep keys and values, or recompute them at each code.
         """
         c, (B, L), device = self.config, tokens.shape, tokens.device
         s = c.guidance if guidance is None else guidance

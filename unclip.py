@@ -257,7 +257,7 @@ def load_part(path, device="cpu"):
         model = kind(config(**checkpoint["config"]))
         model.load_state_dict(checkpoint["weights"], strict=True)
         model.clip_id, model.trained = checkpoint["clip_id"], checkpoint["trained"]
-        model.trained["data"]
+        model.trained["data"]                        # load_parts looks there for what is lacking
         if kind is CLIP:
             model.tokenizer = Tokenizer(**checkpoint["tokenizer"])
     except (TypeError, KeyError, ValueError, RuntimeError) as error:

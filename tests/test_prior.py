@@ -364,7 +364,7 @@ def test_the_same_code_means_another_thing_in_another_place():
 
 
 def test_codes_are_alike_as_they_are_close():
-    prior = ARPrior(ARPriorConfig(D, vocab=10, context=8, components=1, buckets=64, width=32, depth=1))
+    prior = ARPrior(ARPriorConfig(D, vocab=10, context=8, components=1, width=32, depth=1))
     embedded = prior.embed(torch.arange(64)[:, None])[:, 0]                      # (64, width)
     near, far = (embedded[k:] - embedded[:-k] for k in (1, 16))
     assert near.norm(dim=1).mean() < 0.7 * far.norm(dim=1).mean()
