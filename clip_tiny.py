@@ -223,6 +223,55 @@ class TextEncoder(nn.Module):
         return x, x[torch.arange(len(x), device=x.device), end]
 
 
+# ---- Embeddings as a network is shown them -----------------------------------------------------
+
+class Whitening(nn.Module):
+    """z_i along its principal axes, all of them stretched to the same spread, that of unit vectors.
+
+    CLIP spends nearly all variance of z_i on what captions tell apart. Where a solid stands, and
+    which of two colours is whose, is there too, but a hundred times smaller: a network that is
+    shown z_i as it is finds that only after a very long training. Fitted to training embeddings;
+    the identity before.
+    """
+
+    FLOOR = 0.03          # what is smaller than this, over the mean variance, is not stretched more
+
+    def __init__(self, dim):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("axes", torch.eye(dim))
+        self.register_buffer("spread", torch.ones(dim))
+
+    def fit(self, z_i):
+        """Take mean, axes and spread from training embeddings z_i (N, D)."""
+        mean, axes, values = principal(z_i)
+        floor = self.FLOOR * values.mean() + 1e-6                 # which is above 0 for one z_i too
+        self.mean.copy_(mean)
+        self.axes.copy_(axes)
+        self.spread.copy_(((values + floor) * len(mean)).sqrt())
+        return self
+
+    def forward(self, z_i):
+        """z_i (B, D) → coordinates (B, D), the most telling first, of variance 1/D at most."""
+        return (z_i - self.mean) @ self.axes.T / self.spread
+
+    def inverse(self, coordinates):
+        """coordinates (B, D) → z_i (B, D), whose norm is not mended."""
+        return coordinates * self.spread @ self.axes + self.mean
+
+
+def principal(z_i):
+    """z_i (N, D) → mean (D,), axes (D, D) by decreasing eigenvalue, and the eigenvalues (D,).
+
+    Centred: unit embeddings share a large mean, which would otherwise cost a component and make
+    the paper's 1 % rule easy to meet without keeping what tells pictures apart.
+    """
+    z = z_i.cpu().double()                                      # MPS has neither eigh nor float64
+    mean = z.mean(dim=0)
+    values, axes = torch.linalg.eigh((z - mean).T @ (z - mean) / len(z))
+    return mean.to(z_i), axes.T.flip(0).to(z_i), values.flip(0).clamp(min=0).to(z_i)
+
+
 # ---- CLIP ------------------------------------------------------------------------------------
 
 @dataclass

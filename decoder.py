@@ -10,11 +10,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from clip_tiny import PAD, Attention, TextEncoder
+from clip_tiny import PAD, Attention, TextEncoder, Whitening
 from diffusion import Diffusion, guided, timestep_embedding
 
 Z_I_DROP, TEXT_DROP = 0.1, 0.5      # how often training hides each, for guidance (sec. 2.1)
+Z_I_CUT = 0.25                      # how often it hides all but a few components of z_i
 Z_I_TOKENS = 4                      # context tokens made of z_i
+SKETCH = 8                          # pixels a side of the sketch
 
 
 # ---- The UNet ----------------------------------------------------------------------------------
@@ -138,6 +140,7 @@ class DecoderConfig:
     emb_width: int = 128                 # of the timestep embedding
     text_width: int = 128
     text_depth: int = 2
+    sketch_width: int = 512
     predict: str = "v"
     steps: int = 16                      # of sampling
     eta: float = 0.0
@@ -149,6 +152,9 @@ class Decoder(nn.Module):
 
     z_i is added to the timestep embedding, and makes four tokens of context; the caption's own
     Transformer adds its last output to the timestep embedding, and all its outputs to the context.
+    differs from the paper: the UNet is also shown a sketch, the mean picture E[x | z_i, y] of 8×8
+    pixels. That is what it should answer to pure noise, and what it is slowest to learn; a small
+    MLP learns it from many more pictures in the same time.
     """
 
     def __init__(self, config):
@@ -158,25 +164,56 @@ class Decoder(nn.Module):
         # weighs all noise levels alike, which suits a short training; DDIM needs no variance.
         self.diffusion = Diffusion(predict=c.predict)
         self.scale = c.dim ** 0.5              # unit vector → coordinates of unit variance
+        self.whitening = Whitening(c.dim)
         self.null_z_i = nn.Parameter(torch.zeros(c.dim))
         self.null_text = nn.Parameter(torch.zeros(c.emb_width))
         self.z_i_emb = nn.Linear(c.dim, c.emb_width)
         self.z_i_tokens = nn.Linear(c.dim, Z_I_TOKENS * c.text_width)
         self.text = TextEncoder(c.vocab, c.context, c.text_width, c.text_depth)
         self.text_emb = nn.Linear(c.text_width, c.emb_width)
-        self.unet = UNet(3, 3, c.channels, c.blocks, c.attention, c.emb_width, c.text_width)
+        self.sketch = nn.Sequential(
+            nn.Linear(c.dim + c.emb_width, c.sketch_width), nn.GELU(),
+            nn.Linear(c.sketch_width, c.sketch_width), nn.GELU(),
+            nn.Linear(c.sketch_width, 3 * SKETCH * SKETCH), nn.Unflatten(1, (3, SKETCH, SKETCH)))
+        self.unet = UNet(6, 3, c.channels, c.blocks, c.attention, c.emb_width, c.text_width)
 
     def forward(self, x_t, t, z_i, tokens, drop_z_i, drop_text):
         """The network f. x_t (B, 3, H, W); t (B,); z_i (B, D), of norm 1; tokens (B, L);
         drop_z_i, drop_text (B,) bool: whose condition to hide. → (B, 3, H, W)"""
-        z_i = torch.where(drop_z_i[:, None], self.null_z_i, z_i * self.scale)
-        text, end = self.text(tokens)                                    # (B, L, C), (B, C)
-        text_emb = torch.where(drop_text[:, None], self.null_text, self.text_emb(end))
+        z_i, text, text_emb = self.read(z_i, tokens, drop_z_i, drop_text)
         emb = self.z_i_emb(z_i) + text_emb                               # (B, emb_width)
         z_i_tokens = self.z_i_tokens(z_i).unflatten(1, (Z_I_TOKENS, -1))
         context = torch.cat([z_i_tokens, text], dim=1)                   # (B, 4 + L, C)
         visible = (tokens != PAD) & ~drop_text[:, None]
-        return self.unet(x_t, t, emb, context, F.pad(visible, (Z_I_TOKENS, 0), value=True))
+        sketch = self.sketch(torch.cat([z_i, text_emb], dim=1)).detach()
+        x = torch.cat([x_t, F.interpolate(sketch, x_t.shape[-2:], mode="bilinear")], dim=1)
+        return self.unet(x, t, emb, context, F.pad(visible, (Z_I_TOKENS, 0), value=True))
+
+    def read(self, z_i, tokens, drop_z_i, drop_text):
+        """The two conditions, or their nulls: z_i (B, D), the caption's outputs (B, L, C) and what
+        it adds to the timestep embedding (B, emb_width)."""
+        text, end = self.text(tokens)
+        return (torch.where(drop_z_i[:, None], self.null_z_i, self.whitening(z_i) * self.scale), text,
+                torch.where(drop_text[:, None], self.null_text, self.text_emb(end)))
+
+    def hide(self, z_i, generator=None):
+        """What training hides at random: z_i, perhaps cut; drop_z_i, drop_text (B,).
+
+        The cut keeps the first k components, as in Fig. 7, log k being uniform: the AR prior draws
+        no more than the first few.
+        """
+        B, D, device = *z_i.shape, z_i.device
+        rand = lambda: torch.rand(B, 1, device=device, generator=generator)
+        shown = (rand() > Z_I_CUT) | (torch.arange(D, device=device) < D ** rand())
+        z_i = self.whitening.inverse(self.whitening(z_i) * shown)
+        return z_i, rand()[:, 0] < Z_I_DROP, rand()[:, 0] < TEXT_DROP
+
+    def sketch_loss(self, x, z_i, tokens, generator=None):
+        """Error of the sketch; takes what loss() takes, a scalar."""
+        z_i, *drops = self.hide(z_i, generator)
+        z_i, _, text_emb = self.read(z_i, tokens, *drops)
+        sketch = self.sketch(torch.cat([z_i, text_emb], dim=1))
+        return F.mse_loss(sketch, F.adaptive_avg_pool2d(x, SKETCH))
 
     def loss(self, x, z_i, tokens, generator=None):
         """Error of the prediction at random t, with z_i hidden 10 %, the caption 50 % of the time.
@@ -188,9 +225,9 @@ class Decoder(nn.Module):
         # differs from the paper: t is not uniform, but the larger of two draws (density 2t/T). What
         # stands where is decided at high noise, and a short training has little time for it.
         t = (torch.maximum(rand(), rand()) * self.diffusion.T).long() + 1
-        drop_z_i, drop_text = rand() < Z_I_DROP, rand() < TEXT_DROP
+        z_i, *drops = self.hide(z_i, generator)
         eps = torch.randn(x.shape, device=device, generator=generator)
-        f = lambda x_t, t: self(x_t, t, z_i, tokens, drop_z_i, drop_text)
+        f = lambda x_t, t: self(x_t, t, z_i, tokens, *drops)
         return self.diffusion.loss(f, x, t, eps)
 
     def predictor(self, z_i, tokens, guidance=1.0):

@@ -20,6 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from clip_tiny import principal
 from data import (CIFAR_CLASSES, COLOURS, RELATIONS, SHAPES, SIZES, UNSEEN, Dataset, class_captions,
                   grid, is_true, item, labels_of, load, parse, render, sample_scene, scenes_for,
                   to_float, to_uint8, write_beside, write_png)
@@ -462,7 +463,7 @@ def codes(bench):
     training renders. The paper's rule keeps the fewest axes that lose less than 1 % of these."""
     train, z_i = (bench.encode(load("shapes", split, limit=bench.most(N)).images)
                   for split, N in (("train", 5000), ("validation", 1000)))
-    mean_z_i, axes, variances = PCATokens.principal(train)
+    mean_z_i, axes, variances = principal(train)
     k, D = PCATokens.components_needed(variances), len(axes)
 
     def row(buckets, decoded):
@@ -817,7 +818,7 @@ def pca(bench):
     (images, labels), _ = renders_and_others(bench, bench.most(200), alone=False)
     side, one = images.shape[-1], labels["count"] == 1
     train = load("shapes", "train", side, limit=bench.most(5000))
-    mean_z_i, axes, variances = PCATokens.principal(bench.encode(train.images))
+    mean_z_i, axes, variances = principal(bench.encode(train.images))
     z_i, rows, shown = bench.encode(images), [], []
     noise = bench.unclip.noise(bench.seed, [0], "decoder")().expand(len(images), -1, -1, -1)
     for k in [0] + [2 ** j for j in range(len(axes).bit_length())]:

@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from clip_tiny import PAD, Transformer, causal_mask
+from clip_tiny import PAD, Transformer, Whitening, causal_mask, principal
 from diffusion import Diffusion, guided, timestep_embedding
 
 TEXT_DROP = 0.1          # how often training hides the caption, for guidance (sec. 2.2)
@@ -87,6 +87,9 @@ class DiffusionPrior(nn.Module):
         # The paper scales z_i by 17.2 = 0.5375·√1024: a coordinate of a unit vector has standard
         # deviation 1/√D, so this gives 0.5375 for any D, that of pixels. It lives here only.
         self.scale = 0.5375 * c.dim ** 0.5
+        # differs from the paper: what is diffused is z_i along its principal axes, each stretched
+        # to the same spread, or the small ones would come out as noise.
+        self.whitening = Whitening(c.dim)
         self.diffusion = Diffusion(predict="x_0")        # the paper: better than predicting eps
         self.caption = Caption(c.vocab, c.context, c.dim, c.width)
         self.time = nn.Sequential(nn.Linear(c.width, c.width), nn.SiLU(),
@@ -130,7 +133,7 @@ class DiffusionPrior(nn.Module):
         eps = torch.randn(z_i.shape, device=device, generator=generator)
         drop = torch.rand(B, device=device, generator=generator) < TEXT_DROP
         f = lambda z_i_t, t: self(z_i_t, t, z_t, tokens, drop)
-        return self.diffusion.loss(f, z_i * self.scale, t, eps)
+        return self.diffusion.loss(f, self.whitening(z_i) * self.scale, t, eps)
 
     def weighed(self, answer, z_i_t, t):
         """The network's answer and z_i_t itself (B, D), scaled, at the steps t, each weighed by its
@@ -160,7 +163,7 @@ class DiffusionPrior(nn.Module):
                    self.read(z_t, tokens, ~keep) if guidance != 1 else ())
         f = lambda z_i_t, t: self.weighed(g(z_i_t, t), z_i_t, t)
         z_i = self.diffusion.sample(f, noise(), steps, eta, noise)
-        z_i = F.normalize(z_i, dim=-1)
+        z_i = F.normalize(self.whitening.inverse(z_i / self.scale), dim=-1)
         best = (z_i * z_t).sum(-1).view(-1, candidates).argmax(dim=1)
         row = torch.arange(len(best), device=best.device)
         return z_i.view(len(best), candidates, -1)[row, best]
@@ -199,18 +202,6 @@ class PCATokens(nn.Module):
         self.register_buffer("centres", torch.zeros(components, buckets))
 
     @staticmethod
-    def principal(z_i):
-        """z_i (N, D) → mean (D,), axes (D, D) by decreasing eigenvalue, and the eigenvalues (D,).
-
-        Centred: unit embeddings share a large mean, which would otherwise cost a component and make
-        the paper's 1 % rule easy to meet without keeping what tells pictures apart.
-        """
-        mean = z_i.double().mean(dim=0)
-        centred = z_i.double() - mean
-        values, axes = torch.linalg.eigh(centred.T @ centred / len(z_i))
-        return mean.float(), axes.T.flip(0).float(), values.flip(0).clamp(min=0).float()
-
-    @staticmethod
     def components_needed(eigenvalues, error=0.01):
         """The paper's rule: the fewest components with a relative squared error below 1 %."""
         left = 1 - eigenvalues.double().cumsum(0) / eigenvalues.double().sum()
@@ -220,7 +211,7 @@ class PCATokens(nn.Module):
         """Take mean, axes, edges and centres from training embeddings z_i (N, D)."""
         k, buckets = self.centres.shape
         z_i = z_i.repeat(math.ceil(buckets / len(z_i)), 1)    # of too few, or a bucket is empty
-        mean, axes, _ = self.principal(z_i)
+        mean, axes, _ = principal(z_i)
         self.mean.copy_(mean)
         self.axes.copy_(axes[:k])
         values = ((z_i - mean) @ axes[:k].T).sort(dim=0).values             # (N, k), each sorted

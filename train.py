@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from clip_tiny import CLIP, CLIPConfig, Tokenizer
+from clip_tiny import CLIP, CLIPConfig, Tokenizer, principal
 from decoder import Decoder, DecoderConfig, Upsampler, UpsamplerConfig
 from diffusion import Noise
 from prior import ARPrior, ARPriorConfig, DiffusionPrior, DiffusionPriorConfig, PCATokens
@@ -35,6 +35,7 @@ from unclip import (PARTS, SHIPPED, UnCLIP, check_clip, load_part, read_torch, s
                     write_torch)
 
 SAVE_SECONDS = 180
+SKETCHES = 4                                 # pictures the decoder sketches for one it denoises
 UPSAMPLER_IMAGES = 3000                      # large renders cost time; every crop is a new picture
 VALIDATION_IMAGES = 1000
 
@@ -172,6 +173,7 @@ class PriorStage(EmbeddedStage):
         super().__init__(run)
         c = self.c
         self.model = DiffusionPrior(DiffusionPriorConfig(c.dim, c.vocab, c.context, **run.sizes))
+        self.model.whitening.fit(self.data[0].z_i.flatten(0, 1))
 
     def loss(self, model, pairs, n, generator):
         i, row, mirrored = pairs.draw(n, generator)
@@ -198,7 +200,7 @@ class ARPriorStage(PriorStage):
         EmbeddedStage.__init__(self, run)
         c, pairs = self.c, self.data[0]
         z_i = pairs.z_i.flatten(0, 1)
-        _, _, eigenvalues = PCATokens.principal(z_i)
+        _, _, eigenvalues = principal(z_i)
         k = PCATokens.components_needed(eigenvalues)
         kept = (eigenvalues[:k].sum() / eigenvalues.sum()).item()
         run.say(f"PCA: {k} of {c.dim} components explain {100 * kept:.2f} % of the variance of z_i")
@@ -211,12 +213,17 @@ class DecoderStage(EmbeddedStage):
     def __init__(self, run):
         super().__init__(run)
         c = self.c
-        self.model = Decoder(DecoderConfig(c.dim, c.vocab, c.context, run.image_size, **run.sizes))
+        sizes = {"text_width": c.text_width, "text_depth": c.text_depth, **run.sizes}
+        self.model = Decoder(DecoderConfig(c.dim, c.vocab, c.context, run.image_size, **sizes))
+        # differs from the paper, where it learns to read anew: it begins as a copy of CLIP's.
+        self.model.text.load_state_dict(self.clip.text.state_dict())
+        self.model.whitening.fit(self.data[0].z_i.flatten(0, 1))
 
     def loss(self, model, pairs, n, generator):
-        i, row, mirrored = pairs.draw(n, generator)
-        x, z_i = pairs.pictures(i, mirrored), pairs.z_i[mirrored.long(), i]
-        return model.loss(x, z_i, pairs.tokens[row], generator)
+        i, row, mirrored = pairs.draw(SKETCHES * n, generator)
+        given = pairs.pictures(i, mirrored), pairs.z_i[mirrored.long(), i], pairs.tokens[row]
+        loss = model.loss(*(a[:n] for a in given), generator)
+        return loss + model.sketch_loss(*given, generator)
 
     def watch(self, model):
         """Eight validation pictures; below, what the decoder makes of their z_i alone."""

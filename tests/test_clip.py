@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from clip_tiny import (CLIP, EOT, PAD, SOT, Attention, CLIPConfig, TextEncoder, Tokenizer,
-                       Transformer, causal_mask)
+                       Transformer, Whitening, causal_mask, principal)
 
 COLOURS = {"red": (1, -1, -1), "green": (-1, 1, -1), "blue": (-1, -1, 1), "yellow": (1, 1, -1)}
 PLACES = {"top left": (0, 0), "top right": (0, 4), "bottom left": (4, 0), "bottom right": (4, 4)}
@@ -291,3 +291,40 @@ def test_clip_learns_which_caption_belongs_to_a_new_picture(tokenizer):
 def test_control_with_shuffled_captions_it_cannot(tokenizer):
     shuffled = lambda captions: random.Random(0).sample(captions, len(captions))
     assert train_and_test(tokenizer, shuffled, steps=80) < 0.3
+
+
+# ---- Whitening -----------------------------------------------------------------------------------
+
+def cloud(N=2000, seed=0):
+    """N vectors about one point, of spread 1, 0.1, 0.01 … along axes that are not the coordinates'."""
+    generator = torch.Generator().manual_seed(seed)
+    turn = torch.linalg.qr(torch.randn(6, 6, generator=generator)).Q
+    spread = 10.0 ** -torch.arange(6)
+    return (torch.randn(N, 6, generator=generator) * spread) @ turn + 3.0
+
+
+def test_an_unfitted_whitening_is_the_identity():
+    z = cloud(5)
+    assert torch.equal(Whitening(6)(z), z) and torch.equal(Whitening(6).inverse(z), z)
+
+
+def test_whitening_gives_each_axis_the_same_spread_but_stretches_tiny_ones_less():
+    z = cloud()
+    whitening = Whitening(6).fit(z)
+    values = principal(z)[2]
+    covariance = torch.cov(whitening(z).T, correction=0) * 6                 # 1 would be fully white
+    expected = values / (values + 0.03 * values.mean())
+    assert torch.allclose(covariance, torch.diag(expected), atol=1e-3)
+    assert expected[0] > 0.99 and expected[-1] < 1e-3
+    assert whitening(z).mean(0).abs().max() < 1e-4
+
+
+def test_the_inverse_of_whitening_gives_new_vectors_back():
+    whitening = Whitening(6).fit(cloud())
+    other = cloud(10, seed=1) * 2
+    assert torch.allclose(whitening.inverse(whitening(other)), other, atol=1e-4)
+
+
+def test_a_single_vector_can_be_whitened():
+    whitening = Whitening(6).fit(cloud(1))
+    assert whitening(cloud(1)).abs().max() < 1e-3 and whitening(cloud(9)).isfinite().all()

@@ -60,7 +60,7 @@ def test_every_weight_of_the_decoder_is_in_use():
     model = awake(decoder())
     drops = torch.tensor([False, True])
     x = model(normal(2, 3, 8, 8)(), torch.tensor([1, 500]), unit(2, 8), TOKENS, drops, drops)
-    x.sum().backward()
+    (x.sum() + model.sketch_loss(x.detach(), unit(2, 8), TOKENS)).backward()
     unused = [name for name, p in model.named_parameters() if p.grad is None]
     assert unused == []
 
@@ -106,19 +106,23 @@ def test_padding_has_no_influence():
     assert torch.allclose(ask(model, tokens=padded), ask(model), atol=1e-5)
 
 
-@pytest.mark.parametrize("change", [dict(z_i=unit(1, 8, seed=1)), dict(tokens=TOKENS[1:])])
-def test_each_condition_enters_by_the_timestep_embedding_and_by_the_context(change):
-    """Either way alone tells two conditions apart; with both shut nothing does."""
-    shut = lambda *layers: [layer.weight.data.zero_() for layer in layers]
-    for ways, told_apart in [("embedding", True), ("context", True), ("", False)]:
+@pytest.mark.parametrize("change, all_ways", [
+    (dict(z_i=unit(1, 8, seed=1)), ("embedding", "context", "sketch")),
+    (dict(tokens=TOKENS[1:]), ("embedding", "context"))])
+def test_each_condition_enters_by_several_ways(change, all_ways):
+    """Any one way tells two conditions apart; with all shut nothing does."""
+    shut = lambda *weights: [weight.data.zero_() for weight in weights]
+    for ways in (*all_ways, ""):
         model = awake(decoder())
-        if "embedding" not in ways:
-            shut(model.z_i_emb, model.text_emb)
-        if "context" not in ways:
-            shut(*(module.attention.context_kv for module in model.modules()
+        if ways != "embedding":
+            shut(model.z_i_emb.weight, model.text_emb.weight)
+        if ways != "context":
+            shut(*(module.attention.context_kv.weight for module in model.modules()
                    if isinstance(module, ImageAttention)))
+        if ways != "sketch":
+            shut(model.unet.stem.weight[:, 3:])
         difference = (ask(model, **change) - ask(model)).abs().max()
-        assert (difference > 1e-5) == told_apart, (ways, difference)
+        assert (difference > 1e-5) == bool(ways), (ways, difference)
 
 
 def test_the_image_attends_to_four_tokens_of_z_i_and_all_tokens_of_the_caption():
@@ -144,6 +148,16 @@ def test_training_drops_z_i_1_time_in_10_and_the_caption_every_other_independent
     assert z_i.mean().item() == pytest.approx(0.1, abs=0.02)
     assert text.mean().item() == pytest.approx(0.5, abs=0.03)
     assert (z_i * text).mean().item() == pytest.approx(0.05, abs=0.012)
+
+
+def test_training_cuts_z_i_1_time_in_4_after_a_log_uniform_number_of_components(monkeypatch):
+    given, shown = unit(4000, 8), in_training(monkeypatch, 4000)[2]
+    same = torch.isclose(shown, given)                    # unfitted, components are coordinates
+    kept = same.sum(dim=1)
+    assert torch.equal(same, torch.arange(8) < kept[:, None])          # the first ones
+    assert (shown[~same] == 0).all()
+    assert (kept < 8).float().mean().item() == pytest.approx(0.25 * math.log(7, 8), abs=0.02)
+    assert (kept <= 2).float().mean().item() == pytest.approx(0.25 / 3, abs=0.015)
 
 
 def test_training_visits_steps_from_1_to_T_in_proportion_to_their_noise(monkeypatch):
@@ -233,6 +247,24 @@ def test_control_without_z_i_it_cannot_know_which(overfitted):
     null = overfitted.null_z_i.detach() / overfitted.scale
     which, _ = drawn(overfitted, null.expand(32, -1))
     assert len(set(which)) > 1
+
+
+def test_the_sketch_learns_the_mean_of_the_pictures_that_share_a_condition():
+    """The best answer to pure noise: sharp where z_i tells all, a blend where it does not."""
+    model, (x, z_i) = decoder(), four_pictures()
+    generator = torch.Generator().manual_seed(0)
+    z_i[3] = z_i[2]                                                    # blue and white alike
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(150):
+        loss = model.sketch_loss(x.repeat(8, 1, 1, 1), z_i.repeat(8, 1), TOKENS[[0] * 32], generator)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    no = torch.zeros(4, dtype=torch.bool)
+    z, _, text_emb = model.read(z_i, TOKENS[[0] * 4], no, no)
+    expected = torch.cat([x[:2], x[2:].mean(dim=0, keepdim=True).expand(2, -1, -1, -1)])
+    sketch = model.sketch(torch.cat([z, text_emb], dim=1))
+    assert (sketch - expected).square().mean() < 0.02 < (sketch - x).square().mean()
 
 
 # ---- The upsampler -------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clip_tiny import EOT, PAD, SOT
+from clip_tiny import EOT, PAD, SOT, principal
 from prior import (ARPrior, ARPriorConfig, DiffusionPrior, DiffusionPriorConfig, PCATokens,
                    causal_mask_of)
 
@@ -182,6 +182,11 @@ def test_the_target_is_the_scaled_z_i_itself():
     z_i, y = toy(64)
     loss = diffusion_prior().loss(z_i, Z_T[y], TOKENS[y])
     assert loss.item() == pytest.approx(0.5375**2, rel=1e-3)
+    whitened = diffusion_prior()
+    whitened.whitening.fit(z_i)
+    loss = whitened.loss(z_i, Z_T[y], TOKENS[y])
+    expected = (whitened.whitening(z_i) * whitened.scale).square().mean().item()
+    assert loss.item() == pytest.approx(expected, rel=1e-3) and expected < 0.5375**2
 
 
 def diffusion_inputs(**changes):
@@ -278,7 +283,7 @@ def test_more_buckets_lose_less():
 
 def test_components_come_by_decreasing_eigenvalue_and_are_the_variances_along_the_axes():
     z_i = cloud()
-    mean, axes, values = PCATokens.principal(z_i)
+    mean, axes, values = principal(z_i)
     assert (values.diff() <= 0).all()
     assert torch.allclose(((z_i - mean) @ axes.T).var(dim=0, correction=0), values, atol=1e-6)
     assert torch.allclose(axes @ axes.T, torch.eye(12), atol=1e-5)
@@ -286,7 +291,7 @@ def test_components_come_by_decreasing_eigenvalue_and_are_the_variances_along_th
 
 def test_the_paper_s_rule_takes_the_fewest_components_that_lose_less_than_one_percent():
     z_i = cloud()
-    mean, axes, values = PCATokens.principal(z_i)
+    mean, axes, values = principal(z_i)
     k = PCATokens.components_needed(values)
     lost = [((z_i - mean) - (z_i - mean) @ axes[:n].T @ axes[:n]).square().sum().item()
             / (z_i - mean).square().sum().item() for n in (k - 1, k)]

@@ -352,6 +352,24 @@ def test_clip_is_frozen(trained, tmp_path, monkeypatch, stage):
     assert not any("clip" in name for name in state["model"])
 
 
+@pytest.mark.parametrize("stage", ["prior", "decoder"])
+def test_z_i_is_whitened_by_the_training_embeddings(trained, tmp_path, stage):
+    shutil.copy(trained / "clip.pt", tmp_path)
+    fitted = train.STAGES[stage](settings(stage, out=tmp_path))
+    coordinates = fitted.model.whitening(fitted.data[0].z_i[0])
+    assert coordinates.mean(dim=0).abs().max() < 1e-4
+    assert (coordinates[:, 0].square().mean() * 16).item() == pytest.approx(1, abs=0.05)
+    saved = load_part(trained / f"{stage}.pt").whitening
+    assert torch.allclose(saved.spread, fitted.model.whitening.spread, atol=1e-5)
+
+
+def test_the_decoder_begins_to_read_where_clip_ends(trained, tmp_path):
+    shutil.copy(trained / "clip.pt", tmp_path)
+    run = settings("decoder", out=tmp_path)
+    text = train.STAGES["decoder"](run).model.text
+    assert same_bits(text.state_dict(), run.clip.text.state_dict())
+
+
 # ---- --init --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("stage", STAGES)
