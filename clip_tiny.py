@@ -259,6 +259,15 @@ class Whitening(nn.Module):
         """coordinates (B, D) → z_i (B, D), whose norm is not mended."""
         return coordinates * self.spread @ self.axes + self.mean
 
+    def broad(self, difference):
+        """What of a difference of embeddings (B, D) is along the few axes of much variance.
+
+        Text embeddings are right about these alone. Along the others they are far from any z_i, and
+        what is stretched would make that worse.
+        """
+        axes = self.axes[self.spread ** 2 > 0.1 * (self.spread ** 2).mean()]
+        return difference @ axes.T @ axes
+
 
 def principal(z_i):
     """z_i (N, D) → mean (D,), axes (D, D) by decreasing eigenvalue, and the eigenvalues (D,).

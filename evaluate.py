@@ -767,9 +767,6 @@ def edit(bench):
         kept = 1 if colour[i] else 0
         new.append(rng.choice([p for p in pairs if p[kept] == pair[kept] and p != pair]))
     present, to = ([f"a{'n' * (c == 'orange')} {c} {s}" for c, s in some] for some in (now, new))
-    clip = bench.unclip.clip
-    z_t, z_present, z_photo = (clip.encode_text(clip.tokenizer(y).to(bench.unclip.device))
-                               for y in (to, present, ["a photo"]))
     (z_i, x_T), before = latents(bench, images), bench.judge.read(images)
     shown = [images]
 
@@ -786,8 +783,8 @@ def edit(bench):
             **changes(seen, x, before, images, reported)}
 
     rows = []
-    for base, z_t0 in ("\"a photo\"", z_photo), ("the present caption", z_present):
-        z_d = F.normalize(z_t - z_t0, dim=1)
+    for base, captions in ("\"a photo\"", ["a photo"]), ("the present caption", present):
+        z_d = bench.unclip.text_diff(to, captions)
         curve = [(*turn(base, theta, z_d), theta) for theta in (0.1, 0.2, 0.3, 0.4, 0.5)]
         _, best, theta = max(curve, key=lambda point: point[0])
         best["θ"] += " (chosen)"

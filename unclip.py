@@ -81,7 +81,9 @@ class UnCLIP:
             return None
         z_t = self.clip.encode_text(tokens)
         if prior == "text":
-            return z_t
+            # differs from the paper: of z_t only what the decoder may trust; see Whitening.broad
+            whitening = self.part("decoder").whitening
+            return F.normalize(whitening.mean + whitening.broad(z_t - whitening.mean), dim=1)
         if prior not in self.priors:
             raise ValueError(f"unknown prior {prior!r}: choose diffusion, ar, text or none")
         if self.priors[prior] is None:
@@ -156,11 +158,21 @@ class UnCLIP:
         the picture's present caption, or of a dummy as "a photo"; x_T stays that of x.
         """
         z_i, x_T = self.latent(x, steps)
-        z_t, z_t0 = self.clip.encode_text(self.clip.tokenizer([to, base]).to(self.device))
-        z_d = F.normalize(z_t - z_t0, dim=0)
+        z_d = self.text_diff([to], [base])
         thetas = torch.linspace(0, theta, n, device=self.device)
         z_i = slerp(z_i.expand(n, -1), z_d.expand(n, -1), thetas)
         return self.decode(z_i, x_T.expand(n, *x_T.shape[1:]), steps, guidance=guidance)
+
+    @torch.no_grad()
+    def text_diff(self, to, base):
+        """Captions, as many of either → norm(z_t − z_t0) (B, D).
+
+        differs from the paper: of the difference only what is along the axes of much variance; the
+        rest would move the solid to another place.
+        """
+        z_t, z_t0 = (self.clip.encode_text(self.clip.tokenizer(y).to(self.device))
+                     for y in (to, base))
+        return F.normalize(self.part("decoder").whitening.broad(z_t - z_t0), dim=1)
 
     # ---- Helpers -----------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import unclip
-from clip_tiny import CLIP
+from clip_tiny import CLIP, Whitening
 from conftest import ROOT
 from decoder import Decoder, Upsampler
 from diffusion import Diffusion
@@ -151,7 +151,7 @@ def test_the_same_seed_is_the_same_picture_and_another_is_another(model):
 def given_to_the_decoder(model, **options):
     """The z_i and tokens that the decoder is asked for one prompt."""
     asked = []
-    toy = SimpleNamespace(config=model.decoder.config,
+    toy = SimpleNamespace(config=model.decoder.config, whitening=model.decoder.whitening,
                           sample=lambda *args: asked.append(args[:2]) or args[2]())
     UnCLIP(model.clip, toy, model.priors["diffusion"], model.priors["ar"]).generate(
         PROMPTS[0], n=2, **options)
@@ -259,7 +259,7 @@ class ToyDecoder:
 
     def __init__(self):
         self.diffusion, self.config = Diffusion(predict="v"), SimpleNamespace(image_size=4)
-        self.asked = []
+        self.whitening, self.asked = Whitening(4), []
 
     def predictor(self, z_i, tokens, guidance=1.0):
         assert tokens is None and guidance == 1.0
@@ -369,6 +369,18 @@ def test_an_edit_turns_z_i_towards_the_difference_of_the_captions_by_theta(toy):
     assert torch.allclose(z_i.norm(dim=1), torch.ones(4), atol=1e-5)
     assert torch.allclose((z_i @ z).clamp(-1, 1).acos(), whole * thetas, atol=2e-3)
     assert torch.allclose((z_i @ z_d).acos(), whole * (1 - thetas), atol=2e-3)
+
+
+def test_what_pictures_hardly_differ_in_is_left_out_of_text_embeddings(toy):
+    spread = torch.tensor([0.3, 0.01, 0.3])                  # red and blue tell pictures apart
+    z_i = F.normalize(F.pad(normal(1000, 3) * spread, (0, 1), value=1.0), dim=1)
+    toy.decoder.whitening.fit(z_i)
+    z_d = toy.text_diff(["blue"], ["a photo"])[0]
+    plain = F.normalize(toy.clip.encode_text(torch.tensor([1])) - torch.eye(4)[3:], dim=1)[0]
+    assert plain[1] < -0.3 and z_d[1].abs() < 0.02
+    assert torch.allclose(z_d.norm(), torch.tensor(1.0)) and (z_d @ plain) > 0.7
+    z_t = toy.draw_z_i(torch.tensor([1]), "text", 0, range(1))[0]
+    assert z_t[1].abs() < 0.02 and z_t[0] < -0.3 < 0.3 < z_t[2]
 
 
 def test_an_edit_keeps_the_pattern_and_changes_the_colour(toy):
