@@ -144,7 +144,7 @@ class DecoderConfig:
     predict: str = "v"
     steps: int = 16                      # of sampling
     eta: float = 0.0
-    guidance: float = 3.0
+    guidance: float = 1.5
 
 
 class Decoder(nn.Module):
