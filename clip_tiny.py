@@ -76,9 +76,9 @@ class Tokenizer:
         return ids
 
     def __call__(self, texts, truncate=False):
-        """Texts → (B, L) long: start, tokens, end, padding; L is the longest text's length.
+        """A list of texts → (B, L) long: start, tokens, end, padding; L is the longest's length.
 
-        Raises ValueError for an empty text, or one too long unless truncate.
+        Raises ValueError for an empty or a too long text; not so with truncate, which cuts.
         """
         rows = []
         for text in texts:
@@ -132,10 +132,10 @@ def merge(ids, pair, new):
 # ---- Transformer -----------------------------------------------------------------------------
 
 class Attention(nn.Module):
-    """Multi-head self-attention whose keys and values may be extended.
+    """Multi-head self-attention.
 
-    By a context (the decoder's text, as in GLIDE: projected and put beside the image's own), or by
-    those of earlier calls (the AR prior's cache).
+    Its keys and values may be preceded by those of a context (the decoder's text, projected, as in
+    GLIDE), or by those of earlier calls (the priors' caches).
     """
 
     def __init__(self, width, heads, context_width=None):
@@ -226,15 +226,15 @@ class TextEncoder(nn.Module):
 # ---- Embeddings as a network is shown them -----------------------------------------------------
 
 class Whitening(nn.Module):
-    """z_i along its principal axes, all of them stretched to the same spread, that of unit vectors.
+    """z_i along its principal axes, each divided by its spread: the large ones then vary alike.
 
     CLIP spends nearly all variance of z_i on what captions tell apart. Where a solid stands, and
     which of two colours is whose, is there too, but a hundred times smaller: a network that is
-    shown z_i as it is finds that only after a very long training. Fitted to training embeddings;
-    the identity before.
+    shown z_i as it is finds it only after very long training. Axes below FLOOR are mostly noise,
+    and stay small. Fitted to training embeddings; the identity before.
     """
 
-    FLOOR = 0.03          # what is smaller than this, over the mean variance, is not stretched more
+    FLOOR = 0.03          # added to each variance before dividing, as a share of the mean variance
 
     def __init__(self, dim):
         super().__init__()
@@ -253,17 +253,19 @@ class Whitening(nn.Module):
 
     def forward(self, z_i):
         """z_i (B, D) → coordinates (B, D), the most telling first, of variance 1/D at most."""
-        return (z_i - self.mean) @ self.axes.T / self.spread
+        with torch.autocast(z_i.device.type, enabled=False):     # bfloat16 would blur small axes
+            return (z_i - self.mean) @ self.axes.T / self.spread
 
     def inverse(self, coordinates):
         """coordinates (B, D) → z_i (B, D), whose norm is not mended."""
-        return coordinates * self.spread @ self.axes + self.mean
+        with torch.autocast(coordinates.device.type, enabled=False):
+            return coordinates * self.spread @ self.axes + self.mean
 
     def broad(self, difference):
-        """What of a difference of embeddings (B, D) is along the few axes of much variance.
+        """The part of a difference of embeddings (B, D) along the few axes of high variance.
 
-        Text embeddings are right about these alone. Along the others they are far from any z_i, and
-        what is stretched would make that worse.
+        Text embeddings are reliable only there; along the others they are far from any z_i, and
+        whitening would magnify that.
         """
         axes = self.axes[self.spread ** 2 > 0.1 * (self.spread ** 2).mean()]
         return difference @ axes.T @ axes
@@ -337,8 +339,8 @@ class CLIP(nn.Module):
     def loss(self, x, tokens):
         """Symmetric contrastive cross-entropy of B pairs: x (B, 3, H, W), tokens (B, L); a scalar.
 
-        Captions repeat within a batch. All pictures of one caption are right answers for it, and
-        share the target's mass, so that equal captions are not pushed apart.
+        differs from the paper: captions repeat within a batch here. All pictures of one caption are
+        right answers for it, and share the target's mass, so that equal ones are not pushed apart.
         """
         z_i, z_t = self.encode_image(x), self.encode_text(tokens)    # (B, D) each
         with torch.autocast(x.device.type, enabled=False):           # cosines need float32

@@ -1,4 +1,4 @@
-"""Chapter 6: pictures with captions.
+"""Pictures with captions.
 
 unCLIP learns from pairs (picture x, caption y). The default pairs are drawn here, by a small ray
 tracer: one or two solids on a floor, in light and shadow. Nothing is downloaded, the truth about
@@ -11,7 +11,7 @@ stands, how it is turned, the light and the floor's tint are never named: they a
 A data set is one uint8 tensor (N, 3, H, W) and a list of captions for each image: a batch is an
 index.
 
-Read next: train.py.
+Next chapter: train.py.
 """
 import codecs
 import hashlib
@@ -41,12 +41,12 @@ from tqdm import tqdm
 
 
 def to_float(images):
-    """uint8 0..255 -> float32 in [-1, 1]: what every network sees."""
+    """uint8 0..255 → float32 in [-1, 1]: what every network sees."""
     return images.float() / 127.5 - 1
 
 
 def to_uint8(x):
-    """float in [-1, 1], clamped and rounded -> uint8 0..255: what is stored and shown."""
+    """float in [-1, 1], clamped and rounded → uint8 0..255: what is stored and shown."""
     return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
@@ -70,7 +70,7 @@ def write_png(path, image):
 
 
 def grid(images, columns, gap=2):
-    """uint8 (N, 3, H, W) -> one uint8 (3, H', W'), row by row, with light gaps of `gap` pixels."""
+    """uint8 (N, 3, H, W) → one uint8 (3, H', W'), row by row, with light gaps of `gap` pixels."""
     N, C, H, W = images.shape
     rows = math.ceil(N / columns)
     sheet = images.new_full((C, rows * (H + gap) - gap, columns * (W + gap) - gap), 245)
@@ -108,13 +108,13 @@ SPLITS = ("train", "validation")
 
 
 def load(name, split, size=32, limit=None, data_dir=None, seed=0, cache=True):
-    """The data set `name` ("shapes", "cifar10", "coco" or "folder") -> Dataset.
+    """The data set `name` ("shapes", "cifar10", "coco" or "folder") → Dataset.
 
     split     "train" or "validation"
     size      height and width of the images, in pixels
     limit     how many images; None: all of them
     data_dir  where the files lie; the rendered shapes need none
-    seed      of whatever is drawn at random: the shapes, or how a folder is split
+    seed      of whatever is drawn at random: the shapes, or which images a limit keeps
     cache     keep what took long to make in $UNCLIP_CACHE, or else in ~/.cache/unclip
     Raises ValueError or OSError, one line that says what to do.
     """
@@ -346,7 +346,7 @@ AMBIENT, DIFFUSE, SHINE = 0.5, 0.62, 0.35
 
 
 def render(scenes, size=32, device="cpu", title=None):
-    """N scenes -> uint8 (N, 3, size, size) on the CPU: area means of a finer picture.
+    """N scenes → uint8 (N, 3, size, size) on the CPU: area means of a finer picture.
 
     Given a title, a progress bar goes to stderr.
     """
@@ -429,7 +429,7 @@ def soft_light(light, size):
 
 
 def trace(scenes, size, device):
-    """The light that N scenes send to the camera -> float (N, 3, size, size) in [-1, 1]."""
+    """The light that N scenes send to the camera → float (N, 3, size, size) in [-1, 1]."""
     s, light, tint = numbers(scenes, device)
     side = size * SAMPLES
     line = (torch.arange(side, device=device) + 0.5) / side * 2 - 1
@@ -501,7 +501,7 @@ def shapes(split, size=32, limit=None, data_dir=None, seed=0, cache=True, device
 # ---- Real images --------------------------------------------------------------------------------
 
 def read_image(path, size):
-    """Any picture that Pillow opens -> uint8 (3, size, size): upright, its middle square, resized.
+    """Any picture that Pillow opens → uint8 (3, size, size): upright, its middle square, resized.
 
     Transparency is laid on white; of an animation the first frame counts.
     Raises ValueError or OSError, one line, if there is no picture in it.
@@ -529,7 +529,7 @@ def strict_pillow():
 
 
 def decode(path, size):
-    """-> the picture, uint8 array (size, size, 3); and, of the file, its mode and shorter side."""
+    """→ the picture, uint8 array (size, size, 3); and, of the file, its mode and shorter side."""
     with Image.open(path) as image:
         mode, shorter = image.mode, min(image.size)
         image.draft(None, (2 * size, 2 * size))    # a JPEG can shrink while it is decoded: faster
@@ -537,7 +537,7 @@ def decode(path, size):
 
 
 def square(image, size):
-    """The middle of a Pillow image of any size and mode -> RGB, size x size."""
+    """The middle of a Pillow image of any size and mode → RGB, size x size."""
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     image = image.crop((left, top, left + side, top + side))
@@ -564,7 +564,7 @@ def cached(path, make):
 
 
 def read_images(root, names, size, cache, title, left_out):
-    """The pictures root/name -> uint8 (M, 3, size, size), and which M of the names could be read.
+    """The pictures root/name → uint8 (M, 3, size, size), and which M of the names could be read.
 
     One line on stderr counts them, and what was left out (`left_out` and more). They are cached
     under the names and dates of all files, so that a changed picture is noticed; a changed decode()
@@ -652,7 +652,7 @@ TEMPLATES = ["a photo of {}", "a picture of {}", "an image of {}", "{}"]
 
 
 def class_captions(name):
-    """"frog" -> ["a photo of a frog", ..., "a frog"]."""
+    """"frog" → ["a photo of a frog", ..., "a frog"]."""
     thing = ("an " if name[:1].lower() in "aeiou" else "a ") + name
     return [template.format(thing) for template in TEMPLATES]
 
@@ -837,7 +837,7 @@ def is_picture(path):
 
 
 def read_metadata(file):
-    """metadata.jsonl -> {file name: [caption, ...]}, without the names that have no caption."""
+    """metadata.jsonl → {file name: [caption, ...]}, without the names that have no caption."""
     captions = {}
     for line, content in enumerate(file.read_bytes().splitlines(), 1):
         if not content.strip():

@@ -48,9 +48,11 @@ class ImageAttention(nn.Module):
         self.attention = Attention(channels, channels // 32, context_width)
         nn.init.zeros_(self.attention.out.weight)
 
-    def forward(self, x, context, mask):
+    def forward(self, x, context, visible):
+        """x (B, C, H, W), context (B, M, context_width), visible (B, M) bool → (B, C, H, W)."""
         B, C, H, W = x.shape
-        h = self.norm(x).flatten(2).transpose(1, 2)                  # (B, H·W, C)
+        h = self.norm(x).flatten(2).transpose(1, 2)                        # (B, H·W, C)
+        mask = F.pad(visible, (0, H * W), value=True)[:, None, None]       # (B, 1, 1, M + H·W)
         h = self.attention(h, mask, context)
         return x + h.transpose(1, 2).reshape(B, C, H, W)
 
@@ -63,9 +65,9 @@ class Level(nn.Module):
         self.block = ResBlock(c_in, c_out, emb_width)
         self.attention = ImageAttention(c_out, context_width) if context_width else None
 
-    def forward(self, x, emb, context, mask):
+    def forward(self, x, emb, context, visible):
         x = self.block(x, emb)
-        return self.attention(x, context, mask) if self.attention else x
+        return self.attention(x, context, visible) if self.attention else x
 
 
 class UNet(nn.Module):
@@ -100,26 +102,22 @@ class UNet(nn.Module):
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
-    def forward(self, x, t, emb=0, context=None, mask=None):
+    def forward(self, x, t, emb=0, context=None, visible=None):
         """x (B, c_in, H, W), t (B,), emb (B, emb_width) added to the timestep's, context
-        (B, M, context_width), mask (B, M) bool, which of it may be seen → (B, c_out, H, W)."""
+        (B, M, context_width), visible (B, M) bool, which of it is → (B, c_out, H, W)."""
         emb = F.silu(self.time(timestep_embedding(t, self.emb_width)) + emb)
-        if context is not None:
-            masks = lambda h: F.pad(mask, (0, h.shape[2] * h.shape[3]), value=True)[:, None, None]
-        else:
-            masks = lambda h: None
         h, skips = self.stem(x), []
         for k, level in enumerate(self.down):
             if k > 0:
                 h = self.shrink[k - 1](h)
             for block in level:
-                h = block(h, emb, context, masks(h))
+                h = block(h, emb, context, visible)
                 skips.append(h)
         for block in self.middle:
-            h = block(h, emb, context, masks(h))
+            h = block(h, emb, context, visible)
         for k, level in enumerate(self.up):
             for block in level:
-                h = block(torch.cat([h, skips.pop()], dim=1), emb, context, masks(h))
+                h = block(torch.cat([h, skips.pop()], dim=1), emb, context, visible)
             if k < len(self.grow):
                 h = self.grow[k](F.interpolate(h, scale_factor=2.0, mode="nearest"))
         return self.out(F.silu(self.norm(h)))
@@ -163,7 +161,8 @@ class Decoder(nn.Module):
         # differs from the paper: it predicts eps, and learns the sampler's variance. A target of v
         # weighs all noise levels alike, which suits a short training; DDIM needs no variance.
         self.diffusion = Diffusion(predict=c.predict)
-        self.scale = c.dim ** 0.5              # unit vector → coordinates of unit variance
+        self.scale = c.dim ** 0.5              # whitened coordinates → of variance 1 at most
+        # differs from the paper: z_i is whitened, or what captions leave out would hardly be read
         self.whitening = Whitening(c.dim)
         self.null_z_i = nn.Parameter(torch.zeros(c.dim))
         self.null_text = nn.Parameter(torch.zeros(c.emb_width))
@@ -178,13 +177,14 @@ class Decoder(nn.Module):
         self.unet = UNet(6, 3, c.channels, c.blocks, c.attention, c.emb_width, c.text_width)
 
     def forward(self, x_t, t, z_i, tokens, drop_z_i, drop_text):
-        """The network f. x_t (B, 3, H, W); t (B,); z_i (B, D), of norm 1; tokens (B, L);
+        """The network f. x_t (B, 3, H, W); t (B,); z_i (B, D), of norm 1 or cut; tokens (B, L);
         drop_z_i, drop_text (B,) bool: whose condition to hide. → (B, 3, H, W)"""
         z_i, text, text_emb = self.read(z_i, tokens, drop_z_i, drop_text)
         emb = self.z_i_emb(z_i) + text_emb                               # (B, emb_width)
         z_i_tokens = self.z_i_tokens(z_i).unflatten(1, (Z_I_TOKENS, -1))
         context = torch.cat([z_i_tokens, text], dim=1)                   # (B, 4 + L, C)
         visible = (tokens != PAD) & ~drop_text[:, None]
+        # detached: the sketch is to be the mean picture, and learns from sketch_loss alone
         sketch = self.sketch(torch.cat([z_i, text_emb], dim=1)).detach()
         x = torch.cat([x_t, F.interpolate(sketch, x_t.shape[-2:], mode="bilinear")], dim=1)
         return self.unet(x, t, emb, context, F.pad(visible, (Z_I_TOKENS, 0), value=True))
@@ -193,14 +193,14 @@ class Decoder(nn.Module):
         """The two conditions, or their nulls: z_i (B, D), the caption's outputs (B, L, C) and what
         it adds to the timestep embedding (B, emb_width)."""
         text, end = self.text(tokens)
-        return (torch.where(drop_z_i[:, None], self.null_z_i, self.whitening(z_i) * self.scale), text,
-                torch.where(drop_text[:, None], self.null_text, self.text_emb(end)))
+        z_i = torch.where(drop_z_i[:, None], self.null_z_i, self.whitening(z_i) * self.scale)
+        return z_i, text, torch.where(drop_text[:, None], self.null_text, self.text_emb(end))
 
     def hide(self, z_i, generator=None):
         """What training hides at random: z_i, perhaps cut; drop_z_i, drop_text (B,).
 
-        The cut keeps the first k components, as in Fig. 7, log k being uniform: the AR prior draws
-        no more than the first few.
+        differs from the paper: the cut, which keeps the first k components, log k being uniform. It
+        prepares for Fig. 7, and for the AR prior, which draws no more than the first few.
         """
         B, D, device = *z_i.shape, z_i.device
         rand = lambda: torch.rand(B, 1, device=device, generator=generator)
@@ -209,7 +209,7 @@ class Decoder(nn.Module):
         return z_i, rand()[:, 0] < Z_I_DROP, rand()[:, 0] < TEXT_DROP
 
     def sketch_loss(self, x, z_i, tokens, generator=None):
-        """Error of the sketch; takes what loss() takes, a scalar."""
+        """Mean squared error of the sketch, a scalar; takes what loss() takes."""
         z_i, *drops = self.hide(z_i, generator)
         z_i, _, text_emb = self.read(z_i, tokens, *drops)
         sketch = self.sketch(torch.cat([z_i, text_emb], dim=1))
@@ -218,11 +218,12 @@ class Decoder(nn.Module):
     def loss(self, x, z_i, tokens, generator=None):
         """Error of the prediction at random t, with z_i hidden 10 %, the caption 50 % of the time.
 
-        x (B, 3, H, W) in [-1, 1]; z_i (B, D) is the true one of x, never a prior's; a scalar.
+        x (B, 3, H, W) in [-1, 1]; z_i (B, D), the true one of x, never a prior's; tokens (B, L);
+        a scalar.
         """
         B, device = len(x), x.device
         rand = lambda: torch.rand(B, device=device, generator=generator)
-        # differs from the paper: t is not uniform, but the larger of two draws (density 2t/T). What
+        # differs from the paper: t is not uniform, but the larger of two draws (p(t) ∝ t). What
         # stands where is decided at high noise, and a short training has little time for it.
         t = (torch.maximum(rand(), rand()) * self.diffusion.T).long() + 1
         z_i, *drops = self.hide(z_i, generator)
@@ -233,20 +234,16 @@ class Decoder(nn.Module):
     def predictor(self, z_i, tokens, guidance=1.0):
         """f(x_t, t) for the sampler and the inversion, guided by s = guidance.
 
-        z_i (B, D) or None, tokens (B, L) or None: None is the null. Guidance's null drops both.
+        z_i (B, D) or None, tokens (B, L) or None, but not both: None is the null. Guidance's null
+        drops both.
         """
         given = z_i if z_i is not None else tokens
         B, device = len(given), given.device
-        no = torch.zeros(B, dtype=torch.bool, device=device)
-        if tokens is None:
-            drop_text, tokens = ~no, torch.full((B, 1), PAD, device=device)
-        else:
-            drop_text = no
-        if z_i is None:
-            drop_z_i, z_i = ~no, torch.zeros(B, self.config.dim, device=device)
-        else:
-            drop_z_i = no
-        return guided(self, guidance, (z_i, tokens, drop_z_i, drop_text), (z_i, tokens, ~no, ~no))
+        drop = lambda condition: torch.full((B,), condition is None, device=device)
+        drops, all_dropped = (drop(z_i), drop(tokens)), (drop(None), drop(None))
+        z_i = torch.zeros(B, self.config.dim, device=device) if z_i is None else z_i
+        tokens = torch.full((B, 1), PAD, device=device) if tokens is None else tokens
+        return guided(self, guidance, (z_i, tokens, *drops), (z_i, tokens, *all_dropped))
 
     @torch.no_grad()
     def sample(self, z_i, tokens, noise, guidance=None, steps=None, eta=None):
@@ -266,7 +263,7 @@ class Decoder(nn.Module):
 @dataclass
 class UpsamplerConfig:
     """What the weights depend on, and how they are best sampled."""
-    factor: int = 4                      # from 32 to 128 pixels a side
+    factor: int = 4                      # 32 to 128; differs from the paper: 64 to 256 to 1,024
     channels: tuple = (24, 48, 96)
     blocks: tuple = (1, 1, 2)
     emb_width: int = 128

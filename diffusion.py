@@ -46,7 +46,7 @@ class Diffusion:
     # ---- Training --------------------------------------------------------------------------
 
     def q_sample(self, x_0, t, eps):
-        """Noise x_0 to the steps t (B,) with the given standard normal eps."""
+        """x_0 (B, …), steps t (B,) in 0..T, standard normal eps like x_0 → x_t (B, …)."""
         signal, noise = self.signal_and_noise(t, x_0)
         return signal * x_0 + noise * eps
 
@@ -54,7 +54,7 @@ class Diffusion:
         """Mean squared error of the network's prediction at the steps t (B,) in 1..T; a scalar."""
         signal, noise = self.signal_and_noise(t, x_0)
         target = {"x_0": x_0, "eps": eps, "v": signal * eps - noise * x_0}[self.predict]
-        return F.mse_loss(f(signal * x_0 + noise * eps, t).float(), target)
+        return F.mse_loss(f(self.q_sample(x_0, t, eps), t).float(), target)
 
     def x_0_and_eps(self, prediction, x_t, t):
         """Both readings of a prediction made at x_t: (x_0, eps), with x_t = √ᾱ x_0 + √(1−ᾱ) eps."""
@@ -70,21 +70,21 @@ class Diffusion:
     def grid(self, steps):
         """The steps T = t_n > … > t_1 > t_0 = 0 that a sampler visits: a list of steps + 1 numbers.
 
-        The grid is denser near 0 (t_k ∝ k²): the data's narrow directions are decided there. On
-        data of standard deviation 0.1, 25 steps keep 84 % of the variance (an even grid: 56 %), and
-        64 keep 94 %.
+        differs from the paper: denser near 0 (t_k ∝ k²), where the data's narrow directions are
+        decided. On data of standard deviation 0.1, 25 steps keep 84 % of the variance (an even
+        grid: 56 %), and 64 keep 94 %. Raises ValueError unless 1 ≤ steps ≤ T.
         """
         if not 1 <= steps <= self.T:
             raise ValueError(f"{steps} sampling steps: choose from 1 to {self.T}")
         grid = [0]
-        for k in range(1, steps + 1):      # never two equal, and room left for those still to come
+        for k in range(1, steps + 1):      # strictly rising, with room for those still to come
             t = round(self.T * (k / steps) ** 2)
             grid.append(min(max(t, grid[-1] + 1), self.T - (steps - k)))
         return grid[::-1]
 
     @torch.no_grad()
     def sample(self, f, x_T, steps, eta=0.0, noise=None, clip=False, trace=None):
-        """Follow f from the noise x_T back to data.
+        """Follow f from the noise x_T (B, …) back to data x_0 (B, …), in 1..T steps.
 
         f(x_t, t): the network's prediction, t (B,) long. eta 0 is DDIM (deterministic, Song et al.
         2021), eta 1 is DDPM's ancestral sampling. noise(): fresh standard normal noise like x_T for
@@ -109,13 +109,14 @@ class Diffusion:
 
     @torch.no_grad()
     def invert(self, f, x_0, steps, iterations=3):
-        """DDIM inversion: the x_T from which `sample(f, x_T, steps)` gives x_0 back (sec. 3).
+        """DDIM inversion: x_0 (B, …) → the x_T from which `sample(f, x_T, steps)` gives it back
+        (sec. 3).
 
         With √ᾱ = cos φ and √(1−ᾱ) = sin φ, a step of the sampler from x_t to x_s turns by δ = φ_t −
         φ_s: x_s = cos δ x_t − sin δ v(x_t, t). Its reverse asks for v at the x_t that is sought, so
         it is a fixed point: start from x_s and iterate (on v, not on eps: at high noise eps(x_t) is
-        about x_t, and the iteration would stand still). One iteration is the usual inversion. Needs
-        the sampler's own f, unguided, and no clipping.
+        about x_t, and the iteration would stand still). With one iteration and a small δ it is much
+        like the usual inversion. Needs the sampler's own f, unguided, and no clipping.
         """
         x_t, grid = x_0, self.grid(steps)[::-1]
         angles = self.alphas_bar.sqrt().acos().tolist()

@@ -1,4 +1,4 @@
-"""Chapter 9: how good it is.
+"""How good it is.
 
 What unCLIP draws of the rendered shapes is judged by a small classifier, which learnt from renders
 alone what a picture shows: it never shares a weight with CLIP, or CLIP would be grading itself.
@@ -53,7 +53,7 @@ class Judge(nn.Module):
         self.head = nn.Linear(96, sum(self.HEADS.values()))
 
     def forward(self, x):
-        """x (B, 3, 32, 32) in [-1, 1] -> logits: relation (B, 3), others (B, 2, their classes)."""
+        """x (B, 3, 32, 32) in [-1, 1] → logits: relation (B, 3), others (B, 2, their classes)."""
         parts = self.head(self.body(x)).split(list(self.HEADS.values()), dim=1)
         return {key: part if key == "relation" else part.unflatten(1, (2, -1))
                 for key, part in zip(self.HEADS, parts)}
@@ -71,7 +71,7 @@ class Judge(nn.Module):
 
     @torch.no_grad()
     def read(self, images, batch=500):
-        """uint8 (N, 3, H, W), H a multiple of 32 -> what it sees, as data.labels_of tells it."""
+        """uint8 (N, 3, H, W), H a multiple of 32 → what it sees, as data.labels_of tells it."""
         self.eval()
         device, H = next(self.parameters()).device, images.shape[-1]
         assert H % 32 == 0, f"pictures of {H} pixels have no whole area means of 32"
@@ -188,13 +188,13 @@ class Bench:
         return min(count, self.n or count)
 
     def z_i(self, captions, rows, prior, **options):
-        """Of each caption, the z_i that the prior draws with the noise of a row -> (N, D)."""
+        """Of each caption, the z_i that the prior draws with the noise of a row → (N, D)."""
         y = self.unclip.clip.tokenizer(captions).to(self.unclip.device)
         return self.batches(f"z_i by {prior}", len(y), lambda i: self.unclip.draw_z_i(
             y[i], prior, self.seed, rows[i], **options))
 
     def draw(self, captions, rows, prior, guidance=None):
-        """Of each caption, the picture of a row of noise -> uint8 (N, 3, H, W), on the CPU.
+        """Of each caption, the picture of a row of noise → uint8 (N, 3, H, W), on the CPU.
 
         Just what unclip.generate draws, with many captions in a batch.
         """
@@ -207,14 +207,14 @@ class Bench:
         return self.batches(f"pictures, z_i by {prior}", len(y), some)
 
     def renders(self, captions, rows, size=32):
-        """Of each caption, the render of a row's chance -> uint8 (N, 3, size, size)."""
+        """Of each caption, the render of a row's chance → uint8 (N, 3, size, size)."""
         scenes = [scenes_for(caption, 1, f"bench/{self.seed}/{row}")[0]
                   for caption, row in zip(captions, rows)]
         return render(scenes, size, self.unclip.device, "renders")
 
     @torch.no_grad()
     def encode(self, images):
-        """uint8 (N, 3, H, W) -> their z_i (N, D)."""
+        """uint8 (N, 3, H, W) → their z_i (N, D)."""
         return self.batches("CLIP", len(images), lambda i: self.unclip.clip.encode_image(
             to_float(images[i].to(self.unclip.device))))
 
@@ -269,8 +269,8 @@ def compare(captions, seen):
 def conditions(bench, captions, rows, baselines=False):
     """Pictures of the captions, by what the decoder is given: yields (name, pictures).
 
-    All of them share their noise. baselines: without a prior, too. Chance, at last, is the renders
-    of other captions.
+    All of them share their noise. baselines: also without a prior. Last comes chance: the same
+    renders, shuffled among the captions.
     """
     renders = bench.renders(captions, rows)
     yield "renders", renders
@@ -369,8 +369,9 @@ def two(bench):
 def variety(bench):
     """What "a cube" leaves open: does it vary as in the data?
 
-    Of pictures that the judge calls a cube: entropy of the colours (1: all eight alike), how widely
-    they stand, as a ratio to the data, and how many are large. Bars: 0.9; 0.8 to 1.2."""
+    Of pictures that the judge calls a cube: entropy of the colours (1: all eight equally
+    often), how widely they stand, as a ratio to the data, and how many are large. Bars: 0.9; 0.8 to
+    1.2."""
     N, cube = bench.most(512), "a cube"
     data = bench.judge.read(bench.renders([cube] * 4 * N, range(N, 5 * N)))["position"][:, 0].std(0)
     rows = []
@@ -439,12 +440,12 @@ def clip(bench):
 
 
 def spread(x):
-    """tr Cov of samples x (…, n, D) -> (…,), without bias."""
+    """tr Cov of samples x (…, n, D) → (…,), without bias."""
     return x.var(dim=-2).sum(-1)
 
 
 def energy_distance(x, y):
-    """2E|X-Y| - E|X-X'| - E|Y-Y'| of samples x (…, n, D), y (…, m, D) -> (…,), without bias.
+    """2E|X-Y| - E|X-X'| - E|Y-Y'| of samples x (…, n, D), y (…, m, D) → (…,), without bias.
 
     Its mean is 0 if the distributions are the same, and only then (Székely & Rizzo 2013). A point
     is a sample of two equal ones."""
@@ -568,14 +569,14 @@ def renders_and_others(bench, N, alone=True):
 
 
 def latents(bench, images, steps=None):
-    """uint8 (N, 3, H, W) -> their z_i (N, D) and x_T (N, 3, H, W)."""
+    """uint8 (N, 3, H, W) → their z_i (N, D) and x_T (N, 3, H, W)."""
     x, steps = to_float(images.to(bench.unclip.device)), steps or STEPS
     return bench.encode(images), bench.batches(
         f"inverting, {steps} steps", len(x), lambda i: bench.unclip.latent(x[i], steps)[1])
 
 
 def decode(bench, title, z_i, x_T, steps=None, eta=0.0):
-    """Latents -> uint8 (N, 3, H, W), on the CPU; for eta > 0 each picture has noise of its own."""
+    """Latents → uint8 (N, 3, H, W), on the CPU; for eta > 0 each picture has noise of its own."""
     def some(i):
         noise = bench.unclip.noise(bench.seed, range(len(z_i))[i], "variation")
         return to_uint8(bench.unclip.decode(z_i[i], x_T[i], steps or STEPS, eta, noise)).cpu()
@@ -583,19 +584,19 @@ def decode(bench, title, z_i, x_T, steps=None, eta=0.0):
 
 
 def enlarged(bench, images):
-    """Through the upsamplers, if there are any: uint8 (N, 3, h, w) -> uint8 (N, 3, H, W)."""
+    """Through the upsamplers, if there are any: uint8 (N, 3, h, w) → uint8 (N, 3, H, W)."""
     x = to_float(images.to(bench.unclip.device))
     return bench.batches("upsampling", len(x), lambda i: to_uint8(
         bench.unclip.upsample(x[i], bench.seed, range(len(x))[i])).cpu(), size=16)
 
 
 def psnr(a, b):
-    """Peak signal-to-noise ratio of uint8 pictures (N, 3, H, W) -> (N,), in dB."""
+    """Peak signal-to-noise ratio of uint8 pictures (N, 3, H, W) → (N,), in dB."""
     return 10 * torch.log10(255 ** 2 / (a.float() - b.float()).square().mean((1, 2, 3)))
 
 
 def gradient_energy(images):
-    """Sharpness: mean squared difference of neighbouring pixels, uint8 (N, 3, H, W) -> (N,)."""
+    """Sharpness: mean squared difference of neighbouring pixels, uint8 (N, 3, H, W) → (N,)."""
     x = to_float(images)
     return x.diff(dim=2).square().mean((1, 2, 3)) + x.diff(dim=3).square().mean((1, 2, 3))
 
@@ -766,7 +767,7 @@ def edit(bench):
     for i, pair in enumerate(now):                  # another one, which shares the shape, or colour
         kept = 1 if colour[i] else 0
         new.append(rng.choice([p for p in pairs if p[kept] == pair[kept] and p != pair]))
-    present, to = ([f"a{'n' * (c == 'orange')} {c} {s}" for c, s in some] for some in (now, new))
+    present, to = ([noun(*pair) for pair in some] for some in (now, new))
     (z_i, x_T), before = latents(bench, images), bench.judge.read(images)
     shown = [images]
 
@@ -799,16 +800,16 @@ def edit(bench):
 
 def as_far(z_i, z_d, seed):
     """Unit vectors at the same angles from z_i as z_d is, in random directions."""
-    random = torch.randn(z_i.shape, generator=torch.Generator().manual_seed(seed)).to(z_i)
+    noise = torch.randn(z_i.shape, generator=torch.Generator().manual_seed(seed)).to(z_i)
     cosine = (z_i * z_d).sum(1, keepdim=True)
-    aside = F.normalize(random - (random * z_i).sum(1, keepdim=True) * z_i, dim=1)
+    aside = F.normalize(noise - (noise * z_i).sum(1, keepdim=True) * z_i, dim=1)
     return cosine * z_i + (1 - cosine ** 2).clamp(min=0).sqrt() * aside
 
 
 def pca(bench):
     """z_i on its first k principal axes, decoded with one noise (the paper's Fig. 7).
 
-    Centred PCA of the z_i of 5,000 training renders; the projection is brought back to norm 1.
+    Centred PCA of the z_i of 5,000 training renders; its norm is not mended, as in training.
     Variance: the share that the axes explain. No axes: the mean z_i. The paper finds the coarse
     meaning first, and details later. Figure: k = 1, 2, 4, … in each row, and the render at its
     end."""
@@ -820,7 +821,7 @@ def pca(bench):
     noise = bench.unclip.noise(bench.seed, [0], "decoder")().expand(len(images), -1, -1, -1)
     for k in [0] + [2 ** j for j in range(len(axes).bit_length())]:
         some = axes[:k]
-        z = F.normalize(mean_z_i + (z_i - mean_z_i) @ some.T @ some, dim=1)
+        z = mean_z_i + (z_i - mean_z_i) @ some.T @ some
         shown.append(decode(bench, f"{k} axes", z, noise))
         seen, row = bench.judge.read(shown[-1]), {"axes": k}
         row["variance %"] = (variances[:k].sum() / variances.sum()).item()
@@ -854,7 +855,7 @@ class Classifier(nn.Module):
         self.head = nn.Linear(256, classes)
 
     def forward(self, x):
-        """x (B, 3, 32, 32) in [-1, 1] -> logits (B, classes)."""
+        """x (B, 3, 32, 32) in [-1, 1] → logits (B, classes)."""
         return self.head(self.body(x))
 
 
@@ -1013,7 +1014,7 @@ def main(argv=None):
             if value is not None and value < least:
                 raise ValueError(f"--{key} {value}: choose {least} or more")
         try:
-            torch.zeros(1, device=args.device)
+            torch.zeros(1, device=args.device).cpu()
         except (RuntimeError, AssertionError):
             raise ValueError(f"--device {args.device}: not to be had here; try cpu") from None
         unclip = UnCLIP.load(args.weights, args.device)
@@ -1029,6 +1030,8 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

@@ -85,10 +85,10 @@ class DiffusionPrior(nn.Module):
         super().__init__()
         self.config = c = config
         # The paper scales z_i by 17.2 = 0.5375·√1024: a coordinate of a unit vector has standard
-        # deviation 1/√D, so this gives 0.5375 for any D, that of pixels. It lives here only.
+        # deviation 1/√D, pixels in [-1, 1] have 0.5375. The same rule here, for any D.
         self.scale = 0.5375 * c.dim ** 0.5
-        # differs from the paper: what is diffused is z_i along its principal axes, each stretched
-        # to the same spread, or the small ones would come out as noise.
+        # differs from the paper: what is diffused is whitened z_i, or its small axes would come out
+        # as noise. The large ones then have 0.5375, those below Whitening.FLOOR less.
         self.whitening = Whitening(c.dim)
         self.diffusion = Diffusion(predict="x_0")        # the paper: better than predicting eps
         self.caption = Caption(c.vocab, c.context, c.dim, c.width)
@@ -103,8 +103,8 @@ class DiffusionPrior(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, z_i_t, t, z_t, tokens, drop):
-        """The network f: the un-noised, scaled z_i. z_i_t (B, D) noised, scaled; t (B,);
-        z_t (B, D); tokens (B, L); drop (B,) bool, whose captions to hide."""
+        """The network f: the un-noised z_i, whitened and scaled (B, D). z_i_t (B, D), the same
+        noised; t (B,); z_t (B, D); tokens (B, L); drop (B,) bool, whose captions to hide."""
         return self.predict(z_i_t, t, *self.read(z_t, tokens, drop))
 
     def read(self, z_t, tokens, drop):
@@ -127,7 +127,10 @@ class DiffusionPrior(nn.Module):
         return self.out(self.transformer(x, mask, caches)[:, -1])
 
     def loss(self, z_i, z_t, tokens, generator=None):
-        """‖f(z_i^(t), t, y) − z_i‖² at random t, the caption hidden 10 % of the time; a scalar."""
+        """(f(z_i^(t), t, y) − z_i)², z_i whitened and scaled, averaged; a scalar.
+
+        z_i, z_t (B, D), unit norm; tokens (B, L). t is random, 10 % of the captions are hidden.
+        """
         B, device = len(z_i), z_i.device
         t = torch.randint(1, self.diffusion.T + 1, (B,), device=device, generator=generator)
         eps = torch.randn(z_i.shape, device=device, generator=generator)
@@ -294,9 +297,10 @@ class ARPrior(nn.Module):
 
     def loss(self, z_i, z_t, tokens, generator=None):
         """Cross-entropy of the codes and the dot, the caption hidden 10 % of the time; a scalar, in
-        nats a symbol (log `buckets` is chance)."""
+        nats a symbol (log `buckets` is chance). z_i, z_t (B, D), unit norm; tokens (B, L)."""
         with torch.autocast(z_i.device.type, enabled=False):         # bfloat16 would blur the codes
-            codes, dot = self.pca.encode(z_i), torch.bucketize((z_i * z_t).sum(-1), self.dot_edges)
+            codes = self.pca.encode(z_i)
+            dot = torch.bucketize((z_i * z_t).sum(-1), self.dot_edges, right=True)
         drop = torch.rand(len(z_i), device=z_i.device, generator=generator) < TEXT_DROP
         dot_logits, code_logits = self(z_t, tokens, dot, codes, drop)
         symbols = codes.numel() + dot.numel()
@@ -304,46 +308,41 @@ class ARPrior(nn.Module):
                 + F.cross_entropy(dot_logits.float(), dot, reduction="sum")) / symbols
 
     @torch.no_grad()
-    def sample(self, z_t, tokens, generators=None, top_half=True, guidance=None, temperature=None,
-               cached=True):
+    def sample(self, z_t, tokens, generators=None, top_half=True, guidance=None, temperature=None):
         """z_t (B, D), tokens (B, L) → z_i (B, D), unit norm.
 
         top_half: draw the dot from the upper half of its training distribution (the paper's way; by
         the model's own p(dot | y), which knows what a caption can attain), else from all of it:
         with temperature 1, an unbiased sample. generators: one CPU generator a row, or None for
-        torch's own. cached: keep keys and values, or recompute them at each code.
+        torch's own.
         """
         c, (B, L), device = self.config, tokens.shape, tokens.device
         s = c.guidance if guidance is None else guidance
         temperature = c.temperature if temperature is None else temperature
-        draw = lambda logits: self.draw(guide(logits, s), generators, temperature)
         drop = torch.zeros(B, dtype=torch.bool, device=device)
         again = lambda a: torch.cat([a, a]) if s != 1 else a
         z_t, tokens = again(z_t), again(tokens)
         if s != 1:                                          # the null half runs beside the other
             drop = torch.cat([~drop, drop])
         x, visible = self.prefix(z_t, tokens, drop)
-        caches = [{} for _ in range(c.depth)] if cached else None
+        caches = [{} for _ in range(c.depth)]               # keys and values of what is read already
         mask = causal_mask_of(visible, L + 1 + c.components)
-        h = self.step(x, mask, caches)
-        dot_logits = guide(self.dot_logits(h), s)
+        dot_logits = guide(self.dot_logits(self.step(x, mask, caches)), s)
         if top_half:                                        # all buckets are equally full
             dot_logits[:, :c.dot_buckets // 2] = -math.inf
         dot = self.draw(dot_logits, generators, temperature)
-        new = (self.dot(again(dot)) + self.position[1])[:, None]
-        codes = torch.zeros(B, 0, dtype=torch.long, device=device)
+        x, codes = (self.dot(again(dot)) + self.position[1])[:, None], []
         for k in range(c.components):
-            x = torch.cat([x, new], 1)
-            h = self.step(x, mask, caches)
-            codes = torch.cat([codes, draw(h @ self.code_logits[k] @ self.waves.T)[:, None]], 1)
-            new = self.embed(again(codes[:, -1:]), k)
-        return self.pca.decode(codes)
+            logits = self.step(x, mask, caches) @ self.code_logits[k] @ self.waves.T
+            codes.append(self.draw(guide(logits, s), generators, temperature))
+            x = self.embed(again(codes[k])[:, None], k)
+        return self.pca.decode(torch.stack(codes, 1))
 
     def step(self, x, mask, caches):
-        """The last output (B, width) for the sequence x; with caches only what is new is run."""
-        seen = caches[0]["k"].shape[1] if caches and caches[0] else 0
-        mask = mask[:, :, seen:x.shape[1], :x.shape[1]]
-        return self.transformer(x[:, seen:], mask, caches)[:, -1]
+        """Read on, x (B, n, width) after what the caches hold → the last output (B, width)."""
+        seen = caches[0]["k"].shape[1] if caches[0] else 0
+        end = seen + x.shape[1]
+        return self.transformer(x, mask[:, :, seen:end, :end], caches)[:, -1]
 
     @staticmethod
     def draw(logits, generators, temperature):

@@ -1,4 +1,4 @@
-"""Chapter 8: how it is used. Prompts become pictures, and given pictures become others.
+"""How it is used. Prompts become pictures, and given pictures become others.
 
     python sample.py "a red cube" "a green cone on top of a blue cylinder" --n 8
     python sample.py --edit cube.png --to "a blue cube" --from "a red cube"
@@ -7,7 +7,7 @@ It all happens in unclip.py; here are the flags, the files and the manners: what
 command is found before anything is drawn or written, and told in one line. Paths go to stdout,
 everything else to stderr.
 
-Read next: evaluate.py.
+Next chapter: evaluate.py.
 """
 
 import argparse
@@ -181,6 +181,9 @@ def check(args, unclip):
         tokens = unclip.clip.tokenizer(args.captions)
         if args.task == "edit" and tokens[0].equal(tokens[1]):
             raise ValueError(f'--to "{args.to}": that is what it is edited from; choose another')
+    if args.task == "reconstruct" and args.n not in (None, 1):
+        say("note: --n plays no part here")
+        args.n = 1
     args.n = n if args.n is None else args.n
 
 

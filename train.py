@@ -4,7 +4,7 @@
     python train.py --stage prior                # one stage, on the CLIP that is there
     python train.py --data cifar10 --size base   # on real pictures, for one GPU
 
-CLIP comes first and stays frozen; every other part learns on its embeddings, computed once.
+CLIP comes first and stays frozen; priors and decoder learn on its embeddings, computed once.
 Losses go to runs/<data>/<part>.csv, pictures to watch to runs/<data>/<part>.png, and the weights
 (an average over the run's last steps, "EMA") to runs/<data>/<part>.pt. A run that is stopped goes
 on from runs/<data>/<part>.state.pt by the same command. Next chapter: sample.py.
@@ -61,10 +61,10 @@ RECIPES = {
 
 # What --size changes in the models; everything else keeps its default.
 SIZES = {
-    "small": {"clip": dict(patch=8), "prior": {}, "ar-prior": {}, "decoder": {}, "upsampler": {}},
+    "small": {stage: {} for stage in RECIPES["small"]},
     "base": {"clip": dict(patch=4, stem=64, width=256, depth=6, text_width=192, text_depth=3,
                           dim=128),
-             "prior": dict(width=256, depth=5), "ar-prior": dict(width=256, depth=4),
+             "prior": dict(width=256), "ar-prior": dict(width=256),
              "decoder": dict(channels=(64, 128, 192), blocks=(2, 2, 2), emb_width=256,
                              attention=(False, True, True)),
              "upsampler": dict(channels=(64, 128, 192), blocks=(1, 2, 2), emb_width=256)}}
@@ -171,9 +171,14 @@ class PriorStage(EmbeddedStage):
 
     def __init__(self, run):
         super().__init__(run)
+        self.model = self.make(self.data[0])
+
+    def make(self, pairs):
         c = self.c
-        self.model = DiffusionPrior(DiffusionPriorConfig(c.dim, c.vocab, c.context, **run.sizes))
-        self.model.whitening.fit(self.data[0].z_i.flatten(0, 1))
+        config = DiffusionPriorConfig(c.dim, c.vocab, c.context, **self.run.sizes)
+        model = DiffusionPrior(config).to(self.run.device)
+        model.whitening.fit(pairs.z_i.flatten(0, 1))
+        return model
 
     def loss(self, model, pairs, n, generator):
         i, row, mirrored = pairs.draw(n, generator)
@@ -196,17 +201,15 @@ class PriorStage(EmbeddedStage):
 class ARPriorStage(PriorStage):
     kind = "ar"
 
-    def __init__(self, run):
-        EmbeddedStage.__init__(self, run)
-        c, pairs = self.c, self.data[0]
-        z_i = pairs.z_i.flatten(0, 1)
+    def make(self, pairs):
+        run, c, z_i = self.run, self.c, pairs.z_i.flatten(0, 1)
         _, _, eigenvalues = principal(z_i)
         k = PCATokens.components_needed(eigenvalues)
         kept = (eigenvalues[:k].sum() / eigenvalues.sum()).item()
         run.say(f"PCA: {k} of {c.dim} components explain {100 * kept:.2f} % of the variance of z_i")
         config = ARPriorConfig(c.dim, c.vocab, c.context, k, **run.sizes)
-        self.model = ARPrior(config).to(run.device)
-        self.model.fit(z_i, pairs.z_t[pairs.row[:, 0]].repeat(len(pairs.z_i), 1))
+        z_t = pairs.z_t[pairs.row[:, 0]].repeat(len(pairs.z_i), 1)
+        return ARPrior(config).to(run.device).fit(z_i, z_t)
 
 
 class DecoderStage(EmbeddedStage):
@@ -356,7 +359,7 @@ class State:
             "seconds": self.seconds, "identity": run.identity(), "clip_id": self.model.clip_id,
             "tokenizer": tokenizer and tokenizer.state()})
         self.ema.clip_id, self.ema.tokenizer = self.model.clip_id, tokenizer
-        if run.part == "clip":               # what was learnt on it would not fit it as it goes on
+        if run.part == "clip":         # it may go on, and what this copy taught won't fit it then
             self.ema.clip_id += f"-{self.step}"
         save_part(run.files["pt"], run.part, self.ema, {
             "data": run.args.data, "size": run.args.size, "limit": run.args.limit,
@@ -407,7 +410,7 @@ class Stop:
 
 
 def learning_rate(step, recipe):
-    """Linear warm-up over the first 2 % of the steps, then half a cosine down to zero."""
+    """differs from the paper: a linear warm-up, 2 % of the steps, then half a cosine to zero."""
     warm_up = max(1, recipe.steps // 50)
     if step < warm_up:
         return recipe.lr * (step + 1) / warm_up
@@ -514,7 +517,7 @@ def initialise(model, run):
     try:
         model.load_state_dict(run.given.state_dict())
     except RuntimeError as error:
-        raise ValueError(f"{path}: its weights do not fit --size {run.args.size} "
+        raise ValueError(f"{path}: its weights do not fit the {run.part} of --size {run.args.size} "
                          f"({str(error).splitlines()[-1].strip()})") from None
     run.say(f"beginning with {path}")
 
@@ -532,7 +535,7 @@ def parse(argv):
     add = parser.add_argument
     add("--stage", default="all", choices=["all", *STAGES],
         help="what to train (default: %(default)s)")
-    add("--data", default="shapes", choices=["shapes", "cifar10", "coco", "folder"],
+    add("--data", default="shapes", choices=data.DATASETS,
         help="on what (default: %(default)s)")
     add("--data-dir", help="where cifar10 (default: downloaded), coco or the folder is")
     add("--limit", type=int, help="how many training pictures to use (default: all; shapes: 20000)")
@@ -568,7 +571,7 @@ def check(args):
         raise ValueError(f"--init {args.init}: no such folder of weights")
     try:
         torch.zeros(1, device=args.device).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError):
+    except (RuntimeError, AssertionError):
         raise ValueError(f"--device {args.device}: not to be had here; try --device cpu") from None
 
 

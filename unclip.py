@@ -36,7 +36,8 @@ FORMAT = 1
 class UnCLIP:
     """CLIP, priors, decoder and upsamplers in one. Pictures are float (B, 3, H, W) in [-1, 1].
 
-    Starting noise is a function of (seed, the picture's index within its prompt) alone.
+    Priors and decoder may be None; upsamplers: a list, from small to large. Starting noise is a
+    function of (seed, the picture's index within its prompt) alone.
     """
 
     def __init__(self, clip, decoder=None, prior=None, ar_prior=None, upsamplers=()):
@@ -55,11 +56,13 @@ class UnCLIP:
     @torch.no_grad()
     def generate(self, captions, n=4, seed=0, prior="diffusion", guidance=None, steps=None,
                  eta=None, upsample=True, batch=4, **prior_options):
-        """n pictures of each caption: (captions·n, 3, H, W), caption by caption.
+        """n pictures of each caption (a string, or several) → (captions·n, 3, H, W), in order.
 
         prior: "diffusion" or "ar"; "text" gives the decoder z_t in place of z_i, "none" the caption
         alone (sec. 5.1 compares them). guidance (1 = none), steps and eta are the decoder's, None
-        for its defaults. batch: pictures drawn at a time.
+        for its defaults. batch: pictures drawn at a time. prior_options: candidates (diffusion), or
+        top_half and temperature (ar). Raises ValueError if a part is missing, or a caption is empty
+        or too long.
         """
         captions = [captions] if isinstance(captions, str) else captions
         pictures = []
@@ -76,12 +79,13 @@ class UnCLIP:
 
     @torch.no_grad()
     def draw_z_i(self, tokens, prior, seed, rows, candidates=2, **options):
-        """Captions (B, L) → z_i (B, D) by the prior named; row b has picture rows[b]'s noise."""
+        """Captions (B, L) → z_i (B, D) by the prior named, or None by "none"; row b has picture
+        rows[b]'s noise."""
         if prior == "none":
             return None
         z_t = self.clip.encode_text(tokens)
         if prior == "text":
-            # differs from the paper: of z_t only what the decoder may trust; see Whitening.broad
+            # differs from the paper: only z_t's part along the axes of high variance is used
             whitening = self.part("decoder").whitening
             return F.normalize(whitening.mean + whitening.broad(z_t - whitening.mean), dim=1)
         if prior not in self.priors:
@@ -98,7 +102,7 @@ class UnCLIP:
         return self.priors["diffusion"].sample(z_t, tokens, noise, candidates, **options)
 
     def upsample(self, x, seed=0, rows=None, batch=4):
-        """Pictures through all upsamplers there are, small to large, a few at a time."""
+        """(B, 3, h, w) → (B, 3, H, W) through all upsamplers; without any, x itself."""
         rows = rows or range(len(x))
         for k, upsampler in enumerate(self.upsamplers):
             shape = (3, *(side * upsampler.config.factor for side in x.shape[2:]))
@@ -115,14 +119,18 @@ class UnCLIP:
 
     @torch.no_grad()
     def latent(self, x, steps=50):
-        """The two halves of a picture: (z_i, x_T), what CLIP sees in it and what it does not."""
+        """x (B, 3, H, W), of the decoder's size → (z_i (B, D), x_T like x), what CLIP sees and what
+        it does not."""
         z_i = self.clip.encode_image(x)
         decoder = self.part("decoder")
         return z_i, decoder.diffusion.invert(decoder.predictor(z_i, None), x, steps)
 
     @torch.no_grad()
     def decode(self, z_i, x_T, steps=50, eta=0.0, noise=None, guidance=1.0):
-        """(z_i, x_T) → pictures; the inverse of `latent` at eta 0, guidance 1, the same steps."""
+        """(z_i, x_T) → pictures; the inverse of `latent` at eta 0, guidance 1, the same steps.
+
+        noise(): standard normal like x_T, needed if eta > 0.
+        """
         decoder = self.part("decoder")
         f = decoder.predictor(z_i, None, guidance)
         return decoder.diffusion.sample(f, x_T, steps, eta, noise).clamp(-1, 1)
@@ -151,7 +159,7 @@ class UnCLIP:
             z_i, x_T = map(between, self.latent(a, steps), self.latent(b, steps))
         return self.decode(z_i, x_T, steps, guidance=guidance)
 
-    def edit(self, x, to, base="a photo", n=7, theta=0.4, steps=50, guidance=1.0):
+    def edit(self, x, to, base="a photo", n=7, theta=0.5, steps=50, guidance=1.0):
         """A text diff (sec. 3.3): n pictures from x (1, 3, H, W) towards the caption `to`.
 
         z_i turns by a fraction rising from 0 to theta towards norm(z_t − z_t0), z_t0 being that of
@@ -165,9 +173,9 @@ class UnCLIP:
 
     @torch.no_grad()
     def text_diff(self, to, base):
-        """Captions, as many of either → norm(z_t − z_t0) (B, D).
+        """B captions to arrive at, and B, or one, to depart from → z_d = norm(z_t − z_t0) (B, D).
 
-        differs from the paper: of the difference only what is along the axes of much variance; the
+        differs from the paper: only the part of the difference along the axes of high variance; the
         rest would move the solid to another place.
         """
         z_t, z_t0 = (self.clip.encode_text(self.clip.tokenizer(y).to(self.device))
@@ -219,8 +227,11 @@ def slerp(a, b, t):
 def save_part(path, part, model, trained, half=False):
     """Write a part's weights with all it takes to use them; beside, then renamed.
 
-    trained: how, a dict; its "data" names the data set. model.clip_id names the CLIP
-    that the part belongs to.
+    trained: how, a dict; its "data" names the data set. model.clip_id names the CLIP that the part
+    belongs to. half: in half precision, as the shipped weights are:
+
+        model = load_part("runs/shapes/prior.pt")
+        save_part("weights/shapes/prior.pt", "prior", model, model.trained, half=True)
     """
     weights = {k: v.detach().cpu().to(torch.float16 if half and v.is_floating_point() else v.dtype)
                for k, v in model.state_dict().items()}
