@@ -261,6 +261,12 @@ class Whitening(nn.Module):
         with torch.autocast(coordinates.device.type, enabled=False):
             return coordinates * self.spread @ self.axes + self.mean
 
+    def std(self):
+        """Standard deviations of the coordinates (D,): 1/√D on large axes, less on those near FLOOR."""
+        v = self.spread ** 2
+        share = 1 - self.FLOOR / (1 + self.FLOOR) * v.mean() / v        # of the variance, not FLOOR
+        return (share.clamp(min=0) / len(v)).sqrt()
+
     def broad(self, difference):
         """The part of a difference of embeddings (B, D) along the few axes of high variance.
 

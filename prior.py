@@ -69,7 +69,7 @@ class DiffusionPriorConfig:
     context: int             # most tokens of a caption
     width: int = 192
     depth: int = 5
-    error: float = 0.1       # of the network's answer, rms of a coordinate, where noise is low
+    error: float = 0.1       # of the network's answer, rms of a coordinate at most, at low noise
     steps: int = 32          # of sampling
     eta: float = 0.0
     guidance: float = 1.0    # the paper found that guiding the prior hurts
@@ -143,10 +143,12 @@ class DiffusionPrior(nn.Module):
         precision, 1/error² → (B, D).
 
         differs from the paper: a Transformer copies z_i_t only roughly. With little noise left its
-        answer is farther off than z_i_t, and samples come out too much alike.
+        answer is farther off than z_i_t, and samples come out too much alike. But along an axis on
+        which z_i hardly varies it can't be far off, and z_i_t would leave its noise there.
         """
         signal, noise = self.diffusion.signal_and_noise(t, z_i_t)
-        weight = (self.config.error * signal / noise) ** 2       # precision of z_i_t / the answer's
+        error = (self.scale * self.whitening.std() / 2).clamp(max=self.config.error)        # (D,)
+        weight = (error * signal / noise) ** 2                   # precision of z_i_t / the answer's
         return (answer + weight * z_i_t / signal) / (1 + weight)
 
     @torch.no_grad()

@@ -235,6 +235,30 @@ def test_the_answer_and_z_i_t_are_weighed_by_their_precision():
         assert off == pytest.approx((1 / prior.config.error**2 + ab / (1 - ab)) ** -0.5, rel=0.02)
 
 
+def test_small_axes_come_out_as_small_as_they_are():
+    """Gaussian data, their exact posterior mean: no noise is left where the data are narrow."""
+    prior, g = diffusion_prior(), torch.Generator().manual_seed(0)
+    spread = torch.logspace(0, -2.5, D)
+    z_i = F.normalize(1 + torch.randn(20_000, D, generator=g) * spread, dim=1)
+    prior.whitening.fit(z_i)
+    data = (prior.whitening(z_i) * prior.scale).std(0)
+    assert torch.allclose(prior.scale * prior.whitening.std(), data, atol=0.01)
+
+    def exact(x_t, t):
+        signal, noise = prior.diffusion.signal_and_noise(t, x_t)
+        return data**2 * signal / (data**2 * signal**2 + noise**2) * x_t
+
+    def ratio():
+        f = lambda x_t, t: prior.weighed(exact(x_t, t), x_t, t)
+        return prior.diffusion.sample(f, torch.randn(4000, D, generator=g), 32).std(0) / data
+
+    small = data < 0.15
+    assert small.sum() == 2
+    assert (ratio() > 0.8).all() and (ratio() < 1.25).all()
+    prior.whitening.std = lambda: torch.ones(D)              # control: one error for all axes
+    assert (ratio()[small] > 1.35).all()
+
+
 def test_one_candidate_is_the_plain_sample():
     prior, noise, no = awake(diffusion_prior()), normal(2, D)(), torch.zeros(2, dtype=torch.bool)
     f = lambda x, t: prior.weighed(prior(x, t, Z_T, TOKENS, no), x, t)
