@@ -134,7 +134,7 @@ class DecoderConfig:
     image_size: int = 32                 # pixels a side
     channels: tuple = (32, 64, 128)      # of each level, the finest first
     blocks: tuple = (1, 1, 2)            # of each level
-    attention: tuple = (False, False, True)
+    attention: tuple = (False, True, True)
     emb_width: int = 128                 # of the timestep embedding
     text_width: int = 128
     text_depth: int = 2
@@ -142,7 +142,7 @@ class DecoderConfig:
     predict: str = "v"
     steps: int = 16                      # of sampling
     eta: float = 0.0
-    guidance: float = 1.5
+    guidance: float = 2.5
 
 
 class Decoder(nn.Module):
@@ -222,10 +222,7 @@ class Decoder(nn.Module):
         a scalar.
         """
         B, device = len(x), x.device
-        rand = lambda: torch.rand(B, device=device, generator=generator)
-        # differs from the paper: t is not uniform, but the larger of two draws (p(t) ∝ t). What
-        # stands where is decided at high noise, and a short training has little time for it.
-        t = (torch.maximum(rand(), rand()) * self.diffusion.T).long() + 1
+        t = torch.randint(1, self.diffusion.T + 1, (B,), device=device, generator=generator)
         z_i, *drops = self.hide(z_i, generator)
         eps = torch.randn(x.shape, device=device, generator=generator)
         f = lambda x_t, t: self(x_t, t, z_i, tokens, *drops)

@@ -65,8 +65,7 @@ SIZES = {
     "base": {"clip": dict(patch=4, stem=64, width=256, depth=6, text_width=192, text_depth=3,
                           dim=128),
              "prior": dict(width=256), "ar-prior": dict(width=256),
-             "decoder": dict(channels=(64, 128, 192), blocks=(2, 2, 2), emb_width=256,
-                             attention=(False, True, True)),
+             "decoder": dict(channels=(64, 128, 192), blocks=(2, 2, 2), emb_width=256),
              "upsampler": dict(channels=(64, 128, 192), blocks=(1, 2, 2), emb_width=256)}}
 
 # What the tokenizer may learn: real captions have more words, and more of them.
