@@ -847,12 +847,12 @@ class Classifier(nn.Module):
             return nn.Sequential(nn.Conv2d(c_in, c_out, 3, padding=1, bias=False),
                                  nn.BatchNorm2d(c_out), nn.ReLU())
         self.body = nn.Sequential(                                       # (B, 3, 32, 32)
-            conv(3, 64), conv(64, 128), nn.MaxPool2d(2),                 # (B, 128, 16, 16)
+            conv(3, 32), conv(32, 64), nn.MaxPool2d(2),                  # (B, 64, 16, 16)
+            Residual(conv(64, 64), conv(64, 64)),
+            conv(64, 128), nn.MaxPool2d(2), conv(128, 128), nn.MaxPool2d(2),     # (B, 128, 4, 4)
             Residual(conv(128, 128), conv(128, 128)),
-            conv(128, 256), nn.MaxPool2d(2), conv(256, 256), nn.MaxPool2d(2),    # (B, 256, 4, 4)
-            Residual(conv(256, 256), conv(256, 256)),
-            nn.AdaptiveMaxPool2d(1), nn.Flatten())                       # (B, 256), the features
-        self.head = nn.Linear(256, classes)
+            nn.AdaptiveMaxPool2d(1), nn.Flatten())                       # (B, 128), the features
+        self.head = nn.Linear(128, classes)
 
     def forward(self, x):
         """x (B, 3, 32, 32) in [-1, 1] → logits (B, classes)."""
@@ -864,13 +864,14 @@ class Residual(nn.Sequential):
         return x + super().forward(x)
 
 
-def train_classifier(dataset, device="cpu", steps=4000, batch_size=512, seed=0):
-    """Train a Classifier on CIFAR-10's training set: two minutes on a GPU."""
+def train_classifier(dataset, device="cpu", steps=None, batch_size=256, seed=0):
+    """Train a Classifier on CIFAR-10's training set: by default 41 epochs on a GPU, 8 on a CPU."""
+    steps = steps or (8000 if torch.device(device).type == "cuda" else 1600)
     torch.manual_seed(seed)
     model = Classifier(len(dataset.classes)).to(device, memory_format=torch.channels_last).train()
-    optimizer = torch.optim.SGD(model.parameters(), 0.4, momentum=0.9, nesterov=True,
+    optimizer = torch.optim.SGD(model.parameters(), 0.2, momentum=0.9, nesterov=True,
                                 weight_decay=5e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.4, total_steps=steps, pct_start=0.2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.2, total_steps=steps, pct_start=0.2)
     images, classes = dataset.images.to(device), dataset.labels["class"].to(device)
     for _ in tqdm(range(steps), "classifier"):
         i = torch.randint(len(images), (batch_size,), device=device)

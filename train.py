@@ -35,7 +35,7 @@ from unclip import (PARTS, SHIPPED, UnCLIP, check_clip, load_part, read_torch, s
                     write_torch)
 
 SAVE_SECONDS = 180
-SKETCHES = 8                                 # pictures the decoder sketches for one it denoises
+SKETCHES = 4                                 # pictures the decoder sketches for one it denoises
 UPSAMPLER_IMAGES = 3000                      # large renders cost time; every crop is a new picture
 VALIDATION_IMAGES = 1000
 

@@ -220,7 +220,7 @@ def test_a_classifier_learns_and_is_kept(cifar, monkeypatch):
 def test_classifier():
     classifier = Classifier().eval()
     x = torch.randn(2, 3, 32, 32)
-    assert classifier.body(x).shape == (2, 256) and classifier(x).shape == (2, 10)
+    assert classifier.body(x).shape == (2, 128) and classifier(x).shape == (2, 10)
 
 
 def test_jittered_pictures_are_mirrored_and_moved():
