@@ -259,6 +259,24 @@ def test_small_axes_come_out_as_small_as_they_are():
     assert (ratio()[small] > 1.35).all()
 
 
+def test_axes_of_least_variance_are_not_drawn():
+    prior, g = awake(diffusion_prior()), torch.Generator().manual_seed(0)
+    spread = torch.logspace(0, -2.5, D)
+    prior.whitening.fit(F.normalize(1 + torch.randn(20_000, D, generator=g) * spread, dim=1))
+    z_t, tokens = Z_T[:1].expand(200, -1), TOKENS[:1].expand(200, -1)
+
+    def drawn():
+        """How much each axis varies between samples of one caption."""
+        z_i = prior.sample(z_t, tokens, normal(200, D), candidates=1)
+        return prior.whitening(z_i).std(0) * D ** 0.5
+
+    small = prior.whitening.std() * D ** 0.5 < prior.config.least
+    assert small.tolist() == [False] * (D - 1) + [True]
+    everywhere, prior.config.least = drawn(), 0.0
+    assert everywhere[small].item() < 0.01 and (everywhere[~small] > 0.03).all()
+    assert drawn()[small].item() > 0.03                          # control
+
+
 def test_one_candidate_is_the_plain_sample():
     prior, noise, no = awake(diffusion_prior()), normal(2, D)(), torch.zeros(2, dtype=torch.bool)
     f = lambda x, t: prior.weighed(prior(x, t, Z_T, TOKENS, no), x, t)
