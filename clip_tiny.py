@@ -262,7 +262,7 @@ class Whitening(nn.Module):
             return coordinates * self.spread @ self.axes + self.mean
 
     def std(self):
-        """Standard deviations of the coordinates (D,): 1/√D on large axes, less on those near FLOOR."""
+        """Standard deviations of the coordinates (D,): 1/√D on large axes, less near FLOOR."""
         v = self.spread ** 2
         share = 1 - self.FLOOR / (1 + self.FLOOR) * v.mean() / v        # of the variance, not FLOOR
         return (share.clamp(min=0) / len(v)).sqrt()

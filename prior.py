@@ -70,7 +70,7 @@ class DiffusionPriorConfig:
     width: int = 192
     depth: int = 5
     error: float = 0.1       # of the network's answer, rms of a coordinate at most, at low noise
-    least: float = 0.2       # axes on which z_i varies less than so, of whitened 1/√D, are not drawn
+    least: float = 0.2       # axes with a smaller spread, as a share of the largest, are not drawn
     steps: int = 32          # of sampling
     eta: float = 0.0
     guidance: float = 1.0    # the paper found that guiding the prior hurts
@@ -171,7 +171,7 @@ class DiffusionPrior(nn.Module):
         z_i = self.diffusion.sample(f, noise(), steps, eta, noise) / self.scale
         # differs from the paper: along axes of little variance all z_i are the mean. What a prior
         # draws there fits the rest of z_i badly, and the decoder, which reads it, draws the misfit.
-        drawn = self.whitening.std() * c.dim ** 0.5 >= c.least
+        drawn = self.whitening.std() * c.dim ** 0.5 >= c.least       # whitened: 1/√D is the largest
         z_i = F.normalize(self.whitening.inverse(z_i * drawn), dim=-1)
         best = (z_i * z_t).sum(-1).view(-1, candidates).argmax(dim=1)
         row = torch.arange(len(best), device=best.device)
