@@ -331,7 +331,7 @@ class ARPrior(nn.Module):
         if s != 1:                                          # the null half runs beside the other
             drop = torch.cat([~drop, drop])
         x, visible = self.prefix(z_t, tokens, drop)
-        caches = [{} for _ in range(c.depth)]               # keys and values of what is read already
+        caches = [{} for _ in range(c.depth)]               # keys and values of what is read
         mask = causal_mask_of(visible, L + 1 + c.components)
         dot_logits = guide(self.dot_logits(self.step(x, mask, caches)), s)
         if top_half:                                        # all buckets are equally full
