@@ -83,19 +83,20 @@ class Diffusion:
         return grid[::-1]
 
     @torch.no_grad()
-    def sample(self, f, x_T, steps, eta=0.0, noise=None, clip=False, trace=None):
+    def sample(self, f, x_T, steps, eta=0.0, noise=None, correct=None, trace=None):
         """Follow f from the noise x_T (B, …) back to data x_0 (B, …), in 1..T steps.
 
         f(x_t, t): the network's prediction, t (B,) long. eta 0 is DDIM (deterministic, Song et al.
         2021), eta 1 is DDPM's ancestral sampling. noise(): fresh standard normal noise like x_T for
-        eta > 0. clip: keep every estimate of x_0 in [-1, 1] (pixels). trace: called with each x_t.
+        eta > 0. correct: a function that every estimate of x_0 goes through, as to clip pixels.
+        trace: called with each x_t.
         """
         x_t, grid = x_T, self.grid(steps)
         for t, t_next in zip(grid, grid[1:]):
             ts = torch.full((len(x_t),), t, device=x_t.device)
             x_0, eps = self.x_0_and_eps(f(x_t, ts).float(), x_t, t)
-            if clip:
-                x_0 = x_0.clamp(-1, 1)
+            if correct:
+                x_0 = correct(x_0)
                 signal, sigma = self.signal_and_noise(t, x_t)
                 eps = (x_t - signal * x_0) / sigma
             ab, ab_next = self.alphas_bar[t].item(), self.alphas_bar[t_next].item()

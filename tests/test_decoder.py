@@ -359,9 +359,20 @@ def test_the_upsampler_learns_to_follow_the_small_picture():
         loss.backward()
         optimizer.step()
     low = F.avg_pool2d(smooth(8), 4)
-    x = model.eval().sample(low, normal(8, 3, 32, 32))
+    f = lambda x_t, t: model.eval()(x_t, t, model.enlarge(low))
+    x = model.diffusion.sample(f, normal(8, 3, 32, 32)(), 5)           # nothing corrected
     error = lambda x: (F.avg_pool2d(x, 4) - low).square().mean().item()
     assert error(x) < 0.1 and error(x.flip(0)) > 0.2       # control: another small picture's
+
+
+@pytest.mark.parametrize("factor", [2, 4])
+def test_the_small_picture_s_colours_are_kept_whatever_the_network_says(factor):
+    model, low = awake(upsampler(factor=factor)), normal(8, 3, 8, 8)().clamp(-2, 2) / 3
+    off = lambda x: (F.avg_pool2d(x, factor) - low).abs().mean().item()
+    noise = normal(8, 3, 8 * factor, 8 * factor)
+    f = lambda x_t, t: model(x_t, t, model.enlarge(low))
+    assert off(model.sample(low, noise)) < 0.08
+    assert off(model.diffusion.sample(f, noise(), model.config.steps)) > 0.2       # control
 
 
 def test_a_cascade_of_two_upsamplers_is_a_list():
