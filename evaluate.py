@@ -754,8 +754,8 @@ def edit(bench):
 
     Every other render is to change its colour. z_i turns by a fraction θ towards norm(z_t − z_t0),
     z_t of the new caption, z_t0 of "a photo" or of the present caption; x_T stays. The chosen θ did
-    best on 100 other renders. Controls: a random direction, as far from z_i as the diff from the
-    present caption, and turned to by as much; and, for what moved, another render. Bars: 70 % each.
+    best on 100 other renders. Controls: a random direction along the same axes, as far from z_i as
+    the diff from the present caption; and, for what moved, another render. Bars: 70 % each.
     Figure: a render and θ 0.1 to 0.5, from the present caption; colours and shapes by turns."""
     apart, N = bench.most(100), bench.most(100) + bench.most(200)
     (images, labels), (others, _) = renders_and_others(bench, N)
@@ -790,7 +790,9 @@ def edit(bench):
         _, best, theta = max(curve, key=lambda point: point[0])
         best["θ"] += " (chosen)"
         rows += [row for _, row, _ in curve]
-    rows.append(turn("a random direction", theta, as_far(z_i, z_d, bench.seed))[1])
+    noise = torch.randn(z_i.shape, generator=torch.Generator().manual_seed(bench.seed)).to(z_i)
+    aside = as_far(z_i, z_d, bench.unclip.part("decoder").whitening.broad(noise))
+    rows.append(turn("a random direction", theta, aside)[1])
     rows.append({"from": "another render", **changes(
         bench.judge.read(others), others, before, images, reported)})
     strips = torch.stack([x[reported][:6] for x in [images, *shown[6:11]]], 1)
@@ -798,11 +800,10 @@ def edit(bench):
     return rows
 
 
-def as_far(z_i, z_d, seed):
-    """Unit vectors at the same angles from z_i as z_d is, in random directions."""
-    noise = torch.randn(z_i.shape, generator=torch.Generator().manual_seed(seed)).to(z_i)
+def as_far(z_i, z_d, direction):
+    """Unit vectors at the same angles from z_i as z_d is, but aside in other directions (N, D)."""
     cosine = (z_i * z_d).sum(1, keepdim=True)
-    aside = F.normalize(noise - (noise * z_i).sum(1, keepdim=True) * z_i, dim=1)
+    aside = F.normalize(direction - (direction * z_i).sum(1, keepdim=True) * z_i, dim=1)
     return cosine * z_i + (1 - cosine ** 2).clamp(min=0).sqrt() * aside
 
 

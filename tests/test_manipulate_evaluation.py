@@ -69,7 +69,7 @@ def test_frechet():
 def test_as_far_in_a_random_direction():
     torch.manual_seed(1)
     z_i, z_d = torch.nn.functional.normalize(torch.randn(2, 50, 16), dim=-1)
-    random = as_far(z_i, z_d, 0)
+    random = as_far(z_i, z_d, torch.randn(50, 16))
     assert torch.allclose(random.norm(dim=1), torch.ones(50), atol=1e-5)
     assert torch.allclose((random * z_i).sum(1), (z_d * z_i).sum(1), atol=1e-5)
     assert (random * z_d).sum(1).abs().mean() < 0.35
