@@ -710,7 +710,8 @@ class ArrayUnpickler(pickle.Unpickler):
     known = {("numpy.core.multiarray", "_reconstruct"): make,     # its name in the official archive
              ("numpy._core.multiarray", "_reconstruct"): make,    # and since numpy 2
              ("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype,
-             ("_codecs", "encode"): codecs.encode}
+             ("_codecs", "encode"): codecs.encode,                # Python 3's way to write bytes,
+             ("__builtin__", "bytes"): bytes}                     # and none of them
 
     def find_class(self, module, name):
         if (module, name) not in self.known:

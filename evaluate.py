@@ -696,7 +696,7 @@ def vary(bench):
     One variation of each, at every eta. "Kept": the solids are there, each in its colour and shape.
     The last row is how unrelated renders differ. Bar, at eta 1: 90 %. Figure: in each row a render
     and seven variations at eta 1."""
-    (images, labels), _ = renders_and_others(bench, bench.most(200), alone=False)
+    (images, labels), _ = renders_and_others(bench, bench.most(350), alone=False)
     z_i, x_T = latents(bench, images)
     before, one, rows, shown = bench.judge.read(images), labels["count"] == 1, [], []
 
