@@ -6,6 +6,7 @@ else in unCLIP hangs on its two outputs: z_i = encode_image(x) and z_t = encode_
 The Transformer built here also serves both priors and the decoder. Next chapter: prior.py.
 """
 
+import heapq
 import math
 import re
 from collections import Counter, defaultdict
@@ -48,20 +49,29 @@ class Tokenizer:
             for pair in zip(ids, ids[1:]):
                 pairs[pair] += n
                 where[pair].add(i)
-        merges = []
-        while pairs and BYTES + 256 + len(merges) < vocab:
-            best = max(pairs, key=lambda pair: (pairs[pair], pair))
+        merges, heap = [], [(-n, -a, -b) for (a, b), n in pairs.items()]      # most frequent first
+        heapq.heapify(heap)
+        while heap and BYTES + 256 + len(merges) < vocab:
+            n, a, b = heapq.heappop(heap)
+            best = (-a, -b)
+            if pairs[best] != -n:                           # outdated: it was pushed anew since
+                continue
             if pairs[best] < 2:
                 break
+            changed = set()
             for i in where.pop(best):                       # recount only the pieces that change
                 ids, n = spelt[i]
-                pairs.subtract({pair: n * k for pair, k in Counter(zip(ids, ids[1:])).items()})
+                for pair in zip(ids, ids[1:]):
+                    pairs[pair] -= n
+                    changed.add(pair)
                 ids = merge(ids, best, BYTES + 256 + len(merges))
                 spelt[i] = (ids, n)
                 for pair in zip(ids, ids[1:]):
                     pairs[pair] += n
+                    changed.add(pair)
                     where[pair].add(i)
-            del pairs[best]
+            for a, b in changed:
+                heapq.heappush(heap, (-pairs[a, b], -a, -b))
             merges.append(best)
         return cls(merges, words, context)
 
@@ -112,8 +122,11 @@ class Tokenizer:
 
 
 def pieces(text):
-    """Lower-case words and marks, each with the space before it; joined, they are the text."""
-    return re.findall(r" \w+| [^\w\s]+|\w+|[^\w\s]+", " " + " ".join(text.lower().split()))
+    """Lower-case words and marks, each with the space before it; joined, they are the text.
+
+    None is long, though some languages write without spaces: merging takes the square of that.
+    """
+    return re.findall(r" ?\w{1,32}| ?[^\w\s]{1,32}", " " + " ".join(text.lower().split()))
 
 
 def merge(ids, pair, new):

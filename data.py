@@ -563,16 +563,21 @@ def cached(path, make):
         return made
 
 
-def read_images(root, names, size, cache, title, left_out):
-    """The pictures root/name → uint8 (M, 3, size, size), and which M of the names could be read.
+def read_images(root, names, size, limit, seed, cache, title, left_out):
+    """The pictures root/name → uint8 (M, 3, size, size), and which M of the names these are.
 
-    One line on stderr counts them, and what was left out (`left_out` and more). They are cached
-    under the names and dates of all files, so that a changed picture is noticed; a changed decode()
-    is not: raise the number in the cache's name.
+    `limit` of the files that are there are drawn. One line on stderr counts them, and what was left
+    out (`left_out` and more). They are cached under the names, lengths and dates of all files, so
+    that a changed picture is noticed; a changed decode() is not: raise the number in the cache's
+    name.
     """
-    files = [f"{root}/{name}" for name in names]
-    dates = [os.path.isfile(file) and os.stat(file).st_mtime_ns for file in files]
-    key = hashlib.sha256(repr((str(root.resolve()), names, dates)).encode()).hexdigest()[:20]
+    there = [i for i, name in enumerate(names) if os.path.isfile(root / name)]
+    left_out = {**left_out, "missing": len(names) - len(there)}
+    drawn = [there[k] for k in subset(len(there), limit, seed)]
+    names = [names[i] for i in drawn]
+    files = [(name, file.st_size, file.st_mtime_ns)
+             for name in names for file in [os.stat(root / name)]]
+    key = hashlib.sha256(repr((str(root.resolve()), files)).encode()).hexdigest()[:20]
 
     def make():
         return decode_all(root, names, size, title)
@@ -581,9 +586,9 @@ def read_images(root, names, size, cache, title, left_out):
     notes += [f"{n:,} {why} left out" for why, n in {**left_out, **read["left_out"]}.items() if n]
     line = f"{title}: {len(read['kept']):,} images" + f" ({', '.join(notes)})" * bool(notes)
     if not read["kept"]:
-        raise ValueError(f"{line}: put readable pictures into {root}")
+        raise ValueError(f"{line}: put readable pictures, which have captions, into {root}")
     print(line, file=sys.stderr)
-    return read["images"], read["kept"]
+    return read["images"], [drawn[k] for k in read["kept"]]
 
 
 def decode_all(root, names, size, title):
@@ -594,8 +599,6 @@ def decode_all(root, names, size, title):
         path = root / name
         if not path.resolve().is_relative_to(inside):
             raise ValueError(f"{name!r} leads out of {root}: move that picture into the folder")
-        if not path.is_file():
-            return None, "missing"
         try:
             pixels, mode, shorter = decode(path, size)
         except Exception:    # as in read_image
@@ -613,7 +616,8 @@ def decode_all(root, names, size, title):
             kept.append(i)
             if what != "RGB":
                 converted["grey" if what in ("1", "L", "LA", "I;16") else what] += 1
-    return {"images": images[:len(kept)].clone(), "kept": kept,
+    images = images if len(kept) == len(names) else images[:len(kept)].clone()
+    return {"images": images, "kept": kept,
             "left_out": dict(left_out), "converted": dict(converted)}
 
 
@@ -640,7 +644,7 @@ def parse_json(content, file, line=1):
         raise ValueError(f"{file}, line {line}: not UTF-8; save the file as UTF-8") from None
     except (json.JSONDecodeError, RecursionError) as error:
         line += getattr(error, "lineno", 1) - 1
-        raise ValueError(f"{file}, line {line}: broken JSON; mend or remove the line") from None
+        raise ValueError(f"{file}, line {line}: broken JSON; mend that line") from None
 
 
 def clean(caption):
@@ -724,8 +728,8 @@ def unpickle(content):
     data, labels = torch.from_numpy(batch[b"data"]), torch.tensor(batch[b"labels"])
     if data.dtype != torch.uint8 or data.shape != (len(labels), 3 * 32 * 32):
         raise ValueError(f"{len(labels)} labels for {data.dtype} data of shape {list(data.shape)}")
-    if not set(labels.tolist()) <= set(range(10)):
-        raise ValueError(f"labels from {labels.min()} to {labels.max()}")
+    if labels.dtype != torch.int64 or not set(labels.tolist()) <= set(range(10)):
+        raise ValueError("labels that are no classes, 0 to 9")
     return data, labels
 
 
@@ -778,8 +782,7 @@ def coco(split, size=32, limit=None, data_dir=None, seed=0, cache=True):
     keys = [key for key in names if key in captions]
     left_out = {"without captions": len(names) - len(keys),
                 "captioned but not listed": len(captions.keys() - names.keys())}
-    keys = [keys[i] for i in subset(len(keys), limit, seed)]
-    images, kept = read_images(root / part, [names[key] for key in keys], size, cache,
+    images, kept = read_images(root / part, [names[key] for key in keys], size, limit, seed, cache,
                                f"coco {split}", left_out)
     # Mirrored pictures keep their captions: few say left or right (2 of 500 that we counted).
     return Dataset(images, [captions[keys[i]] for i in kept], {}, [], flips=True)
@@ -807,7 +810,8 @@ def folder(split, size=32, limit=None, data_dir=None, seed=0, cache=True):
         left_out = {"without captions": len(pictures - captions.keys())}
     else:    # the same classes in both splits, though a picture of one may be missing in the other
         classes = sorted({path.name for half in tops.values() for path in half.iterdir()
-                          if path.is_dir() and any(map(is_picture, path.iterdir()))})
+                          if path.is_dir() and path.name[0] != "."
+                          and any(map(is_picture, path.iterdir()))})
         captions = {f"{name}/{path.name}": class_captions(as_words(name))
                     for name in classes for path in (top / name).glob("*") if is_picture(path)}
         how = f"{len(classes)} sub-folders as classes"
@@ -818,10 +822,10 @@ def folder(split, size=32, limit=None, data_dir=None, seed=0, cache=True):
         share = math.ceil(len(names) / 20)
         names = names[:share] if split == "validation" else names[share:]
     if not names:
-        raise ValueError(f"no pictures for {split} in {top} ({how}): name them in metadata.jsonl, "
-                         "or put them into one sub-folder for each class")
-    names = [names[i] for i in subset(len(names), limit, seed)]
-    images, kept = read_images(top, names, size, cache, f"folder {split}, {how}", left_out)
+        raise ValueError(f"no pictures for {split} in {top} ({how}): name two or more in "
+                         "metadata.jsonl, or put them into one sub-folder for each class")
+    images, kept = read_images(top, names, size, limit, seed, cache, f"folder {split}, {how}",
+                               left_out)
     captions, names = [captions[names[i]] for i in kept], [names[i] for i in kept]
     labels = {"class": torch.tensor([classes.index(name.split("/")[0]) for name in names])} \
         if classes else {}
@@ -845,8 +849,11 @@ def read_metadata(file):
             continue
         row = parse_json(content, file, line)
         try:
-            texts = [row["text"]] if isinstance(row["text"], str) else row["text"]
-            captions.setdefault(str(row["file_name"]), []).extend(filter(None, map(clean, texts)))
+            name, texts = row["file_name"], row["text"]
+            texts = [texts] if isinstance(texts, str) else texts
+            if not (isinstance(name, str) and isinstance(texts, list)):
+                raise TypeError
+            captions.setdefault(name, []).extend(filter(None, map(clean, texts)))
         except (KeyError, TypeError, AttributeError):
             raise ValueError(f"{file}, line {line}: write it as "
                              '{"file_name": "a.jpg", "text": "a caption"}') from None

@@ -2,12 +2,14 @@
 
 import math
 import random
+import time
+from collections import Counter
 
 import pytest
 import torch
 
-from clip_tiny import (CLIP, EOT, PAD, SOT, Attention, CLIPConfig, TextEncoder, Tokenizer,
-                       Transformer, Whitening, causal_mask, principal)
+from clip_tiny import (BYTES, CLIP, EOT, PAD, SOT, Attention, CLIPConfig, TextEncoder, Tokenizer,
+                       Transformer, Whitening, causal_mask, merge, pieces, principal)
 
 COLOURS = {"red": (1, -1, -1), "green": (-1, 1, -1), "blue": (-1, -1, 1), "yellow": (1, 1, -1)}
 PLACES = {"top left": (0, 0), "top right": (0, 4), "bottom left": (4, 0), "bottom right": (4, 4)}
@@ -94,6 +96,24 @@ def test_merges_are_made_most_frequent_first():
 def test_no_merge_is_learnt_beyond_the_vocabulary_or_from_a_single_occurrence():
     assert Tokenizer.learn(CAPTIONS, vocab=265, context=9).vocab == 265
     assert Tokenizer.learn(["abc"], vocab=1024, context=9).vocab == 259
+
+
+def test_merges_are_those_of_counting_anew_after_each():
+    texts = ["".join(random.Random(i).choices("abc", k=12)) for i in range(30)] + ["aaaa aaa"] * 3
+    spelt, merges = [[BYTES + b for b in p.encode()] for t in texts for p in pieces(t)], []
+    for new in range(BYTES + 256, BYTES + 256 + 40):
+        counts = Counter(pair for ids in spelt for pair in zip(ids, ids[1:]))
+        best = max(counts, key=lambda pair: (counts[pair], pair))
+        merges.append(best)
+        spelt = [merge(ids, best, new) for ids in spelt]
+    assert Tokenizer.learn(texts, vocab=BYTES + 256 + 40).merges == merges
+
+
+def test_text_without_blanks_takes_no_time(tokenizer):
+    text = "".join(chr(0x4E00 + i % 997) for i in range(30_000))
+    began = time.time()
+    assert tokenizer([text], truncate=True).shape == (1, tokenizer.context)
+    assert "".join(pieces(text)) == " " + text and time.time() - began < 5
 
 
 def test_every_id_is_below_vocab(tokenizer):

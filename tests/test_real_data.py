@@ -140,6 +140,8 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path, monkeypatch):
     pickle.dumps({**batch(0), b"labels": [1] * 19}, 2),
     pickle.dumps({**batch(0), b"labels": [10] * 20}, 2),
     pickle.dumps({**batch(0), b"labels": ["x"] * 20}, 2),
+    pickle.dumps({**batch(0), b"labels": [1.0] * 20}, 2),
+    pickle.dumps({b"data": batch(0)[b"data"][:0], b"labels": []}, 2),
     pickle.dumps({**batch(0), b"data": batch(0)[b"data"].astype(float)}, 2)])
 def test_a_wrong_batch_is_refused(tmp_path, content):
     path = cifar_file(tmp_path, change={"test_batch": content})
@@ -407,7 +409,9 @@ def test_faults_of_a_folder_are_one_line_or_counted(tmp_path, capsys):
             (b"[]", "line 9: write it"), (b"3", "line 9: write it"),
             (b'{"file_name": "a.jpg"}', "line 9: write it"), (b'{"text": "a"}', "line 9: write it"),
             (b'{"file_name": "a.jpg", "text": [1]}', "line 9: write it"),
-            (b'{"file_name": "a.jpg", "text": null}', "line 9: write it")):
+            (b'{"file_name": "a.jpg", "text": null}', "line 9: write it"),
+            (b'{"file_name": "a.jpg", "text": {"en": "a"}}', "line 9: write it"),
+            (b'{"file_name": 5, "text": "a"}', "line 9: write it")):
         refused(mine(write_metadata(tmp_path / "mine", 8, more)), "metadata.jsonl", words)
     root = write_metadata(tmp_path / "mine", 8, b'\n{"file_name": "gone.png", "text": "gone"}\n'
                           b'{"file_name": "0.png", "text": "\\ud800 odd"}\n')
@@ -420,6 +424,24 @@ def test_faults_of_a_folder_are_one_line_or_counted(tmp_path, capsys):
     said = capsys.readouterr().err
     for words in ("1 without captions left out", "1 missing", "1 broken", "1 under 8 pixels"):
         assert words in said
+
+
+def test_names_of_no_file_are_missing_and_do_not_use_up_the_limit(tmp_path, capsys):
+    odd = ["gone.png", "loop.png", "a\0b.png", 300 * "long" + ".png"]
+    rows = [json.dumps({"file_name": name, "text": "odd"}) for name in odd * 20]
+    root = write_metadata(tmp_path / "mine", 8, "\n".join(rows).encode())
+    (root / "loop.png").symlink_to(root / "loop.png")
+    for split, most in ("train", 7), ("validation", 1):
+        images = data.load("folder", split, size=16, limit=most, data_dir=root)
+        assert 1 <= len(images) <= most
+    assert " missing left out" in capsys.readouterr().err
+
+
+def test_hidden_folders_are_no_classes(tmp_path):
+    for name in ("owl", "hen", ".thumbnails"):
+        for i in range(20):
+            picture(tmp_path / name / f"{i}.png")
+    assert data.load("folder", "train", size=16, data_dir=tmp_path).classes == ["hen", "owl"]
 
 
 def test_nothing_outside_the_folder_is_read(tmp_path):
