@@ -193,18 +193,18 @@ class Bench:
         return self.batches(f"z_i by {prior}", len(y), lambda i: self.unclip.draw_z_i(
             y[i], prior, self.seed, rows[i], **options))
 
-    def draw(self, captions, rows, prior, guidance=None):
+    def draw(self, captions, rows, prior=None, guidance=None, z_i=None):
         """Of each caption, the picture of a row of noise → uint8 (N, 3, H, W), on the CPU.
 
-        Just what unclip.generate draws, with many captions in a batch.
+        Just what unclip.generate draws, with many captions in a batch; or else of given z_i (N, D).
         """
         y = self.unclip.clip.tokenizer(captions).to(self.unclip.device)
 
         def some(i):
-            z_i = self.unclip.draw_z_i(y[i], prior, self.seed, rows[i])
+            z = self.unclip.draw_z_i(y[i], prior, self.seed, rows[i]) if z_i is None else z_i[i]
             noise = self.unclip.noise(self.seed, rows[i], "decoder")
-            return to_uint8(self.unclip.part("decoder").sample(z_i, y[i], noise, guidance)).cpu()
-        return self.batches(f"pictures, z_i by {prior}", len(y), some)
+            return to_uint8(self.unclip.part("decoder").sample(z, y[i], noise, guidance)).cpu()
+        return self.batches(f"pictures, z_i by {prior}" if prior else "decoding", len(y), some)
 
     def renders(self, captions, rows, size=32):
         """Of each caption, the render of a row's chance → uint8 (N, 3, size, size)."""
@@ -629,14 +629,12 @@ def upsampler(bench):
     ratio) compare with these; the last column is the distance of the result's own area means from
     the small pixels. Bars: PSNR not below bicubic's, sharpness 0.8 to 1.2, means within 2, no solid
     lost. Figure: small, bicubic, upsampled, real."""
-    unclip, decoder = bench.unclip, bench.unclip.part("decoder")
-    factor = unclip.upsamplers[0].config.factor
-    large = load("shapes", "validation", decoder.config.image_size * factor, limit=bench.most(200))
+    factor = bench.unclip.upsamplers[0].config.factor
+    size = bench.unclip.part("decoder").config.image_size * factor
+    large = load("shapes", "validation", size, limit=bench.most(200))
     small = to_uint8(F.avg_pool2d(to_float(large.images), factor))
-    z_i = bench.encode(small)
-    y = unclip.clip.tokenizer([captions[0] for captions in large.captions]).to(unclip.device)
-    drawn = bench.batches("decoding", len(y), lambda i: to_uint8(decoder.sample(
-        z_i[i], y[i], unclip.noise(bench.seed, range(len(y))[i], "decoder"))).cpu())
+    drawn = bench.draw([captions[0] for captions in large.captions], range(len(large)),
+                       z_i=bench.encode(small))
     bicubic = to_uint8(F.interpolate(to_float(small), scale_factor=float(factor), mode="bicubic"))
     pictures = {"renders": large.images, "renders, small": small, "bicubic": bicubic,
                 "upsampled": enlarged(bench, small), "by the decoder": drawn,
@@ -925,8 +923,10 @@ def cifar10(bench):
 
     The classifier shares no weight with unCLIP. Fréchet: the distance, in its features, from the
     50,000 training pictures; few pictures are farther away than many, so compare equal numbers.
-    CLIP picks the closest of ten captions, as "a photo of a frog". Chance is 10 %. Bars: CLIP 80 %,
-    classifier 90 %, samples 80 %. Figure: eight of each class, as they came."""
+    CLIP picks the closest of ten captions, as "a photo of a frog". Chance is 10 %. Distance of z_i:
+    the energy distance from those of the test pictures of the class, as a ratio to that of their
+    mean, the best a regressor could do. Bars: CLIP 80 %, classifier 90 %, samples 80 %. Figure:
+    eight of each class, as they came."""
     try:
         train, test = (load("cifar10", split, limit=bench.most(50_000), data_dir=bench.data_dir)
                        for split in ("train", "validation"))
@@ -941,27 +941,40 @@ def cifar10(bench):
                              lambda i: classifier.body(to_float(images[i].to(bench.unclip.device))))
     reference = features(train.images) if train else None
 
-    def add(name, images, classes):
+    def add(name, images, classes, **more):
         seen = features(images)
         right = classifier.head(seen).argmax(1).cpu() == classes
         rows.append({"pictures": name, "number": len(images), "class right %": mean(right)})
         if train:
-            rows[-1]["Fréchet distance"] = frechet(seen, reference)
+            rows[-1] |= {"Fréchet distance": frechet(seen, reference), **more}
+
+    def distance(z_i):                                   # (10 classes, n, D), from z_of_class
+        return sum(energy_distance(a, b) for a, b in zip(z_i, z_of_class)).item()
 
     prompts = [class_captions(name)[0] for name in CIFAR_CLASSES]
     if test:
         classes = test.labels["class"]
         y = bench.unclip.clip.tokenizer(prompts).to(bench.unclip.device)
         z_t = bench.unclip.clip.encode_text(y)
-        right = (bench.encode(test.images) @ z_t.T).argmax(1).cpu() == classes
+        z_i = bench.encode(test.images)
+        z_of_class = [z_i[classes == k] for k in range(10)]
+        regressor = distance([z.mean(0).expand(2, -1) for z in z_of_class])
+        right = (z_i @ z_t.T).argmax(1).cpu() == classes
         rows.append({"pictures": "test set, seen by CLIP", "number": len(test),
                      "class right %": mean(right)})
         add("test set", test.images, classes)
-        add("test set, some", test.images[:10 * n], classes[:10 * n])
+        some = slice(10 * n)
+        add("test set, some", test.images[some], classes[some])
+        drawn = bench.draw([prompts[k] for k in classes[some]], range(10 * n), z_i=z_i[some])
+        add("z_i of these", drawn, classes[some])
     for prior in *bench.priors, "text", "none":
-        images = bench.draw([y for y in prompts for _ in range(n)], list(range(n)) * 10, prior)
+        y, row = [y for y in prompts for _ in range(n)], list(range(n)) * 10
+        images, more = bench.draw(y, row, prior), {}
+        if test and prior != "none":
+            z_i = bench.z_i(y, row, prior).unflatten(0, (10, n))
+            more = {"distance of z_i": distance(z_i) / regressor}
         name = {"text": "z_t in place of z_i", "none": "caption only"}.get(prior, f"{prior} prior")
-        add(name, images, torch.arange(10).repeat_interleave(n))
+        add(name, images, torch.arange(10).repeat_interleave(n), **more)
         if prior == bench.priors[0]:
             few = images.unflatten(0, (10, n))[:, :8].flatten(0, 1)
             bench.figure("cifar10", few.repeat_interleave(2, 2).repeat_interleave(2, 3), min(8, n))
