@@ -981,13 +981,32 @@ def cifar10(bench):
     return rows
 
 
+def overfit(bench):
+    """Training pictures from their z_i alone: a run on few must give them back, recognisably.
+
+    Own closest: of how many results the closest of all these pictures is the one that z_i is of.
+    PSNR: medians. Figure: in each pair of rows pictures, and what comes back."""
+    decoder, name = bench.unclip.part("decoder"), bench.unclip.clip.trained["data"]
+    images = load(name, "train", decoder.config.image_size, bench.most(100), bench.data_dir).images
+    z_i = bench.encode(images)
+    drawn = bench.batches("decoding", len(z_i), lambda i: to_uint8(decoder.sample(
+        z_i[i], None, bench.unclip.noise(bench.seed, range(len(z_i))[i], "decoder"))).cpu())
+    each = torch.stack([psnr(drawn, image) for image in images], 1)      # (results, pictures)
+    pairs = [x[k:k + 12] for k in range(0, min(len(z_i), 36), 12) for x in (images, drawn)]
+    bench.figure("overfit", torch.cat(pairs).repeat_interleave(2, 2).repeat_interleave(2, 3),
+                 min(len(z_i), 12))
+    return [{"pictures": len(z_i), "own closest %": mean(each.argmax(1) == torch.arange(len(z_i))),
+             "PSNR": f"{each.diagonal().median():.1f} dB",
+             "PSNR to another": f"{each.roll(1, 1).diagonal().median():.1f} dB"}]
+
+
 # ---- The command ---------------------------------------------------------------------------------
 
 EXPERIMENTS = {"judge": judge_itself, "accuracy": accuracy, "two": two, "variety": variety,
                "clip": clip, "codes": codes, "priors": priors, "upsampler": upsampler,
                "reconstruct": reconstruct, "vary": vary, "interpolate": interpolate,
-               "edit": edit, "pca": pca, "cifar10": cifar10}
-REAL = {"cifar10"}             # experiments on real pictures; the others are on rendered shapes
+               "edit": edit, "pca": pca, "cifar10": cifar10, "overfit": overfit}
+REAL = {"cifar10": {"cifar10"}, "overfit": {"coco", "folder"}}    # data; the others': shapes
 
 
 def run(name, bench):
@@ -1016,7 +1035,7 @@ def main(argv=None):
     add("--out", default="figures", type=Path, metavar="DIR", help="gets tables and figures")
     add("--seed", default=0, type=int, help="of all that is random")
     add("--n", type=int, help="no more than so many of anything: a quick look, for another --out")
-    add("--data-dir", help="where cifar10 is, if it is to be measured (default: downloaded)")
+    add("--data-dir", help="where cifar10 (default: downloaded), coco or the folder is")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
 
     def fault(message):                      # argparse itself would print its usage, and leave
@@ -1035,7 +1054,7 @@ def main(argv=None):
         unclip = UnCLIP.load(args.weights, args.device)
         bench = Bench(unclip, args.weights, args.out, args.seed, args.n, args.data_dir)
         data = unclip.clip.trained["data"]
-        fit = [name for name in EXPERIMENTS if (name if name in REAL else "shapes") == data
+        fit = [name for name in EXPERIMENTS if data in REAL.get(name, {"shapes"})
                and (name != "upsampler" or unclip.upsamplers)]
         if args.only and args.only not in fit:
             raise ValueError(f"--only {args.only}: {args.weights} learnt from {data}; choose "

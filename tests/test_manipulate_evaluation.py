@@ -6,6 +6,7 @@ import torch
 
 import evaluate
 from data import SHAPES, Dataset, load, to_float
+from decoder import Decoder
 from evaluate import (Bench, Classifier, as_far, changes, frechet, gradient_energy, jittered,
                       load_classifier, neighbours, psnr, renders_and_others, same, save_judge)
 from test_evaluate import weights  # noqa: F401, a fixture
@@ -195,6 +196,23 @@ def test_cifar10_is_all_that_runs_on_its_weights(cifar, tmp_path, capsys, monkey
     assert evaluate.main(argv) == 0                            # the samples are judged all the same
     out, err = capsys.readouterr()
     assert "Fréchet distance" not in out and "no archive" in err
+
+
+@pytest.mark.parametrize("learnt", [False, True])
+def test_overfit_tells_what_was_learnt_by_heart_from_what_was_not(cifar, learnt, tmp_path, capsys,
+                                                                   monkeypatch):
+    folder, dataset = cifar
+    for part in "clip", "decoder":
+        path = folder / f"{part}.pt"
+        save_part(path, part, load_part(path), {"data": "coco"})
+    if learnt:
+        monkeypatch.setattr(Decoder, "sample", lambda self, z_i, *_: to_float(dataset.images) * 0.9)
+    argv = ["--weights", str(folder), "--out", str(tmp_path), "--data-dir", "somewhere"]
+    assert evaluate.main(argv) == 0
+    line, = (line for line in capsys.readouterr().out.splitlines() if line.startswith("| 40"))
+    closest, own, other = (float(a.split()[0]) for a in line.split("|")[2:5])
+    assert (closest == 100 and own > other + 10) if learnt else (closest < 20 and own < other + 3)
+    assert (tmp_path / "overfit.png").exists()
 
 
 def test_only_what_applies(cifar, capsys):
