@@ -16,6 +16,8 @@ from PIL import Image
 
 import sample
 from conftest import ROOT
+from data import CIFAR_CLASSES
+from evaluate import Classifier, read_judge
 from unclip import SHIPPED, UnCLIP, load_part, save_part
 
 
@@ -385,3 +387,12 @@ def test_a_red_cube(type_in):
         red = (r > g + 40) & (r > b + 40)
         strange = (g > r + 40) & (g > b + 20) | (b > r + 40) & (b > g + 20)
         assert 0.03 < red.mean() < 0.7 and strange.mean() < 0.05 * red.mean(), path
+
+
+@pytest.mark.skipif(not (SHIPPED / "cifar10" / "decoder.pt").exists(), reason="no shipped weights")
+def test_cifar10_s_classes_can_be_told_apart():
+    unclip = UnCLIP.load(SHIPPED / "cifar10")
+    judge = read_judge(SHIPPED / "cifar10" / "classifier.pt", "classifier", Classifier(), "cpu")
+    x = unclip.generate([f"a photo of a {name}" for name in CIFAR_CLASSES], n=2, steps=8)
+    right = judge(x).argmax(1) == torch.arange(10).repeat_interleave(2)
+    assert x.shape == (20, 3, 32, 32) and right.float().mean() > 0.3            # chance is 0.1
