@@ -575,9 +575,9 @@ def read_images(root, names, size, limit, seed, cache, title, left_out):
     left_out = {**left_out, "missing": len(names) - len(there)}
     drawn = [there[k] for k in subset(len(there), limit, seed)]
     names = [names[i] for i in drawn]
-    files = [(name, file.st_size, file.st_mtime_ns)
-             for name in names for file in [os.stat(root / name)]]
-    key = hashlib.sha256(repr((str(root.resolve()), files)).encode()).hexdigest()[:20]
+    files = [os.stat(root / name) for name in names]
+    states = [(file.st_size, file.st_mtime_ns) for file in files]
+    key = hashlib.sha256(repr((str(root.resolve()), names, states)).encode()).hexdigest()[:20]
 
     def make():
         return decode_all(root, names, size, title)
@@ -714,8 +714,8 @@ class ArrayUnpickler(pickle.Unpickler):
     known = {("numpy.core.multiarray", "_reconstruct"): make,     # its name in the official archive
              ("numpy._core.multiarray", "_reconstruct"): make,    # and since numpy 2
              ("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype,
-             ("_codecs", "encode"): codecs.encode,                # Python 3's way to write bytes,
-             ("__builtin__", "bytes"): bytes}                     # and none of them
+             ("_codecs", "encode"): codecs.encode,                # bytes, as Python 3 writes them,
+             ("__builtin__", "bytes"): bytes}                     # and b"", which it calls for
 
     def find_class(self, module, name):
         if (module, name) not in self.known:

@@ -1006,7 +1006,7 @@ EXPERIMENTS = {"judge": judge_itself, "accuracy": accuracy, "two": two, "variety
                "clip": clip, "codes": codes, "priors": priors, "upsampler": upsampler,
                "reconstruct": reconstruct, "vary": vary, "interpolate": interpolate,
                "edit": edit, "pca": pca, "cifar10": cifar10, "overfit": overfit}
-REAL = {"cifar10": {"cifar10"}, "overfit": {"coco", "folder"}}    # data; the others': shapes
+REAL = {"cifar10": {"cifar10"}, "overfit": {"coco", "folder"}}    # on these; the others on shapes
 
 
 def run(name, bench):

@@ -48,7 +48,8 @@ BATCHES = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
 
 def batch(i, n=20):
     pixels = np.random.default_rng(i).integers(0, 256, (n, 3072), dtype=np.uint8)
-    return {b"data": pixels, b"labels": [k % 10 for k in range(n)], b"batch_label": b"a batch" * (i > 0)}
+    return {b"data": pixels, b"labels": [k % 10 for k in range(n)],
+            b"batch_label": b"a batch" if i else b""}        # which is pickled in another way
 
 
 def archive(change=None, inner="cifar-10-batches-py/"):
