@@ -412,10 +412,11 @@ def entropy(classes, n):
 def clip(bench):
     """CLIP on 500 validation pairs: is what it finds true?
 
-    For each picture the closest of all the captions, for each caption the closest picture; "true"
-    by the scene's attributes, "exact" if they are a pair. Many captions are true of a picture ("a
-    cube", "a photo of a red cube"): the ceiling is what one attains who knows all attributes, and
-    of the true answers picks the one that is true of the fewest others. Bars: 95 % true."""
+    For each picture the closest of all the captions, for each caption the closest picture (once for
+    each different caption, and once for each pair); "true" by the scene's attributes, "exact" if
+    they are a pair. Many captions are true of a picture ("a cube", "a photo of a red cube"): the
+    ceiling is what one attains who knows all attributes, and of the true answers picks the one that
+    is true of the fewest others. Bars: 95 % true."""
     split = load("shapes", "validation", limit=bench.most(500))
     own = [captions[0] for captions in split.captions]
     texts = sorted(set(own))
@@ -427,15 +428,23 @@ def clip(bench):
     pair = torch.tensor([[text == caption for text in texts] for caption in own])
     one = (split.labels["count"] == 1)
     rows = []
-    for name, k in ("a picture", one | ~one), ("a picture of one solid", one), \
-            ("a picture of two", ~one), ("a caption", None):
-        s, t, p = (a.T if k is None else a[k] for a in (score, true, pair))      # (asked, answers)
-        top, rare = s.argmax(1, keepdim=True), t / t.sum(0).clamp(min=1)
+
+    def add(name, score, true, pair):                                            # (asked, answers)
+        top = score.argmax(1, keepdim=True)
+        rare = true / true.sum(0).clamp(min=1)
         best = rare == rare.max(1, keepdim=True).values                          # often several
-        rows.append({"closest to": name, "asked": len(s),
-                     "true %": mean(t.gather(1, top)), "true by chance %": mean(t),
-                     "exact %": mean(p.gather(1, top)),
-                     "exact, ceiling %": ((p & best).sum(1) / best.sum(1)).mean().item()})
+        rows.append({"closest to": name, "asked": len(score),
+                     "true %": mean(true.gather(1, top)), "true by chance %": mean(true),
+                     "exact %": mean(pair.gather(1, top)),
+                     "exact, ceiling %": ((pair & best).sum(1) / best.sum(1)).mean().item()})
+
+    by_picture = score, true, pair
+    of_pairs = torch.tensor([texts.index(caption) for caption in own])
+    add("a picture", *by_picture)
+    add("a picture of one solid", *(a[one] for a in by_picture))
+    add("a picture of two", *(a[~one] for a in by_picture))
+    add("a caption", *(a.T for a in by_picture))
+    add("a pair's caption", *(a.T[of_pairs] for a in by_picture))
     return rows
 
 
