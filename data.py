@@ -803,11 +803,9 @@ def folder(split, size=32, limit=None, data_dir=None, seed=0, cache=True):
     held = [root / name for name in ("validation", "val", "test") if (root / name).is_dir()]
     if held and (root / "train").is_dir() and not (root / "metadata.jsonl").exists():
         tops = {"train": root / "train", "validation": held[0]}
-    top, classes, left_out = tops[split], [], {}
+    top, classes = tops[split], []
     if (top / "metadata.jsonl").is_file():
         captions, how = read_metadata(top / "metadata.jsonl"), "metadata.jsonl"
-        pictures = {path.relative_to(top).as_posix() for path in top.rglob("*") if is_picture(path)}
-        left_out = {"without captions": len(pictures - captions.keys())}
     else:    # the same classes in both splits, though a picture of one may be missing in the other
         classes = sorted({path.name for half in tops.values() for path in half.iterdir()
                           if path.is_dir() and path.name[0] != "."
@@ -815,6 +813,8 @@ def folder(split, size=32, limit=None, data_dir=None, seed=0, cache=True):
         captions = {f"{name}/{path.name}": class_captions(as_words(name))
                     for name in classes for path in (top / name).glob("*") if is_picture(path)}
         how = f"{len(classes)} sub-folders as classes"
+    pictures = {path.relative_to(top).as_posix() for path in top.rglob("*") if is_picture(path)}
+    left_out = {"without captions": len(pictures - captions.keys())}
     names = sorted(captions)
     if tops["train"] == tops["validation"]:
         # By a hash of the name, not by the seed: another seed would validate on what was trained.

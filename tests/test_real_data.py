@@ -382,6 +382,15 @@ def test_class_folders_give_captions_and_labels(tmp_path, capsys):
         assert image[1].float().mean() > 200 if k else image[2].float().mean() > 200
 
 
+def test_pictures_of_no_class_are_counted(tmp_path, capsys):
+    for i in range(20):
+        picture(tmp_path / "owl" / f"{i}.png")
+    picture(tmp_path / "owl" / "young" / "0.png")
+    picture(tmp_path / "loose.png")
+    assert len(data.load("folder", "train", size=16, data_dir=tmp_path)) == 19
+    assert "19 images (2 without captions left out)\n" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["validation", "val", "test"])
 def test_ready_made_splits_are_kept(tmp_path, name):
     for half, n in (("train", 5), (name, 3)):
