@@ -974,14 +974,14 @@ def cifar10(bench):
         add("test set", test.images, classes)
         some = slice(10 * n)
         add("test set, some", test.images[some], classes[some])
-        drawn = bench.draw([prompts[k] for k in classes[some]], range(10 * n), z_i=z_i[some])
-        add("z_i of these", drawn, classes[some])
+        y = [prompts[k] for k in classes[some]]
+        add("z_i of these", bench.draw(y, range(len(y)), z_i=z_i[some]), classes[some])
     for prior in *bench.priors, "text", "none":
         y, row = [y for y in prompts for _ in range(n)], list(range(n)) * 10
-        images, more = bench.draw(y, row, prior), {}
-        if test and prior != "none":
-            z_i = bench.z_i(y, row, prior).unflatten(0, (10, n))
-            more = {"distance of z_i": distance(z_i) / regressor}
+        z_i, more = None if prior == "none" else bench.z_i(y, row, prior), {}
+        images = bench.draw(y, row, prior, z_i=z_i)
+        if test and z_i is not None:
+            more = {"distance of z_i": distance(z_i.unflatten(0, (10, n))) / regressor}
         name = {"text": "z_t in place of z_i", "none": "caption only"}.get(prior, f"{prior} prior")
         add(name, images, torch.arange(10).repeat_interleave(n), **more)
         if prior == bench.priors[0]:
@@ -995,11 +995,11 @@ def overfit(bench):
 
     Own closest: of how many results the closest of all these pictures is the one that z_i is of.
     PSNR: medians. Figure: in each pair of rows pictures, and what comes back."""
-    decoder, name = bench.unclip.part("decoder"), bench.unclip.clip.trained["data"]
-    images = load(name, "train", decoder.config.image_size, bench.most(100), bench.data_dir).images
+    name, size = bench.unclip.clip.trained["data"], bench.unclip.part("decoder").config.image_size
+    images = load(name, "train", size, bench.most(100), bench.data_dir).images
     z_i = bench.encode(images)
-    drawn = bench.batches("decoding", len(z_i), lambda i: to_uint8(decoder.sample(
-        z_i[i], None, bench.unclip.noise(bench.seed, range(len(z_i))[i], "decoder"))).cpu())
+    x_T = bench.unclip.noise(bench.seed, range(len(z_i)), "decoder")()
+    drawn = decode(bench, "decoding", z_i, x_T)
     each = torch.stack([psnr(drawn, image) for image in images], 1)      # (results, pictures)
     pairs = [x[k:k + 12] for k in range(0, min(len(z_i), 36), 12) for x in (images, drawn)]
     bench.figure("overfit", torch.cat(pairs).repeat_interleave(2, 2).repeat_interleave(2, 3),
