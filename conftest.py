@@ -7,20 +7,23 @@ import torch
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))
-torch.set_num_threads(min(2, torch.get_num_threads()))       # tiny models: more would only wait
+torch.set_num_threads(1)       # the models of the tests are tiny: more threads would only wait
 
 
-@pytest.fixture(scope="session")
-def tiny_weights(tmp_path_factory):
-    """A folder with a checkpoint of every part, tiny and untrained: fast, and good for nothing.
+def shake(model, by=0.05):
+    """Add noise to all weights: layers that start at zero would hide what comes before them."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p += by * torch.randn_like(p)
+    return model
 
-    Read only: it is shared by all tests; copy it (shutil.copytree) to change it.
-    """
+
+def tiny_parts():
+    """Every part, tiny and untrained, with one CLIP and its tokenizer: {part: model}."""
     from clip_tiny import CLIP, CLIPConfig, Tokenizer
-    from data import COLOURS, SHAPES
     from decoder import Decoder, DecoderConfig, Upsampler, UpsamplerConfig
     from prior import ARPrior, ARPriorConfig, DiffusionPrior, DiffusionPriorConfig
-    from unclip import save_part
+    from shapes import COLOURS, SHAPES
 
     captions = [caption for colour in COLOURS for shape in SHAPES
                 for caption in (f"a {colour} {shape}", f"a photo of a small {colour} {shape}",
@@ -30,26 +33,32 @@ def tiny_weights(tmp_path_factory):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         parts = {
-            "clip": CLIP(CLIPConfig(patch=8, width=32, depth=1, text_width=32, text_depth=1, dim=16,
-                                    **text)),
-            "prior": DiffusionPrior(DiffusionPriorConfig(dim=16, width=32, depth=1, steps=4,
-                                                         **text)),
-            "ar_prior": ARPrior(ARPriorConfig(dim=16, components=4, buckets=8, dot_buckets=4,
-                                              width=32, depth=1, **text)),
-            "decoder": Decoder(DecoderConfig(dim=16, channels=(16, 32), blocks=(1, 1),
-                                             attention=(False, True), emb_width=32, text_width=32,
-                                             text_depth=1, steps=3, **text)),
-            "upsampler": Upsampler(UpsamplerConfig(channels=(8, 8), blocks=(1, 1), emb_width=16,
-                                                   steps=2))}
-        with torch.no_grad():
-            for model in parts.values():     # for outputs start at zero: nothing would matter
-                for p in model.parameters():
-                    p += 0.05 * torch.randn_like(p)
+            "clip": CLIP(CLIPConfig(**text, width=64, depth=1, dim=16)),
+            "prior": DiffusionPrior(DiffusionPriorConfig(16, **text, width=32, depth=1)),
+            "ar_prior": ARPrior(ARPriorConfig(16, **text, components=4, buckets=8, width=32,
+                                              depth=1)),
+            "decoder": Decoder(DecoderConfig(16, **text, channels=(16, 32), blocks=(1, 1),
+                                             attention=(False, True), width=32, text_depth=1)),
+            "upsampler": Upsampler(UpsamplerConfig(channels=(8, 8), blocks=(1, 1), width=16))}
+        for part, model in parts.items():
+            shake(model).eval().requires_grad_(False)
+            model.tokenizer, model.trained = tokenizer, {"data": "shapes", "seed": 0, "steps": 0}
+            model.clip_id = None if part == "upsampler" else "tiny"       # which needs no CLIP
         z_i, z_t = torch.nn.functional.normalize(torch.randn(2, 200, 16), dim=-1)
-        parts["ar_prior"].fit(z_i, z_t)
+        parts["clip"].fit_axes(z_i)
+        parts["ar_prior"].fit(parts["clip"].whiten(z_i), (z_i * z_t).sum(-1))
+    return parts
+
+
+@pytest.fixture(scope="session")
+def tiny_weights(tmp_path_factory):
+    """A folder with a checkpoint of every tiny part: fast, and good for nothing.
+
+    Read only: it is shared by all tests; copy it (shutil.copytree) to change it.
+    """
+    from checkpoints import save_part
+
     folder = tmp_path_factory.mktemp("weights")
-    for part, model in parts.items():
-        model.tokenizer = tokenizer
-        model.clip_id = "tiny" if part != "upsampler" else None       # which needs no CLIP
-        save_part(folder / f"{part}.pt", part, model, {"data": "shapes", "seed": 0, "steps": 0})
+    for part, model in tiny_parts().items():
+        save_part(folder / f"{part}.pt", part, model, model.trained)
     return folder

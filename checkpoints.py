@@ -1,0 +1,247 @@
+"""Weights on disk: saving, loading, and refusing what would draw nonsense.
+
+A part of unCLIP is one file, <part>.pt: a plain dict of numbers, strings and tensors, which torch
+reads without running any code in it. Priors and decoder belong to the one CLIP on whose embeddings
+they were trained. Each CLIP has a random id, which all its copies carry, and a part carries the id
+of its CLIP.
+"""
+
+import argparse
+import ctypes
+import os
+import sys
+import tempfile
+import warnings
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+
+from clip_tiny import CLIP, CLIPConfig, Tokenizer
+from decoder import Decoder, DecoderConfig, Upsampler, UpsamplerConfig
+from prior import ARPrior, ARPriorConfig, DiffusionPrior, DiffusionPriorConfig
+
+PARTS = {"clip": (CLIP, CLIPConfig), "prior": (DiffusionPrior, DiffusionPriorConfig),
+         "ar_prior": (ARPrior, ARPriorConfig), "decoder": (Decoder, DecoderConfig),
+         "upsampler": (Upsampler, UpsamplerConfig)}
+SHIPPED = Path(__file__).parent / "weights"
+FORMAT = 2
+
+
+# ---- Files -------------------------------------------------------------------------------------
+
+def write_torch(path, value):
+    """torch.save that never leaves half a file: it writes a second file and renames that."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(beside, "wb") as file:
+            torch.save(value, file)
+            file.flush()
+            os.fsync(file.fileno())          # or a power cut could leave the new name, but no bytes
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def read_torch(path):
+    """A file of plain tensors, numbers and strings. Raises ValueError or OSError, in one line."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")          # torch warns of files that are refused anyway
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (FileNotFoundError, IsADirectoryError, PermissionError):
+        raise
+    except Exception:                        # a broken archive makes torch raise almost anything
+        raise ValueError(f"{path}: refused, not a whole checkpoint of plain weights (cut short? "
+                         f"code in it?); use a file written by train.py") from None
+
+
+# ---- Parts -------------------------------------------------------------------------------------
+
+def save_part(path, part, model, trained, half=False):
+    """Write a part's weights, with all that is needed to use them.
+
+    trained: a dict that says how; its "data" names the data set. model.config, model.clip_id and,
+    for CLIP, model.tokenizer are written too. half: in half precision, as shipped weights are:
+
+        model = load_part("runs/shapes/prior.pt")
+        save_part("weights/shapes/prior.pt", "prior", model, model.trained, half=True)
+    """
+    weights = {k: v.detach().cpu().to(torch.float16 if half and v.is_floating_point() else v.dtype)
+               for k, v in model.state_dict().items()}
+    checkpoint = {"format": FORMAT, "part": part, "config": asdict(model.config),
+                  "weights": weights, "clip_id": model.clip_id, "trained": trained}
+    if part == "clip":
+        checkpoint["tokenizer"] = model.tokenizer.state()
+    write_torch(path, checkpoint)
+
+
+def load_part(path, device="cpu", parts=PARTS):
+    """The model in <part>.pt, in eval mode, with .clip_id, .trained (and CLIP's .tokenizer).
+
+    parts: a table like PARTS. Raises ValueError or OSError, in one line that names the file, for
+    anything that is not a sound checkpoint of that part.
+    """
+    checkpoint, part = read_torch(path), Path(path).stem
+    if not isinstance(checkpoint, dict) or "format" not in checkpoint or part not in parts:
+        raise ValueError(f"{path}: not a checkpoint of this project; use a file by train.py")
+    if checkpoint["format"] != FORMAT:
+        raise ValueError(f"{path}: has checkpoint format {checkpoint['format']}, this code reads "
+                         f"{FORMAT}; train it again")
+    if checkpoint.get("part") != part:
+        raise ValueError(f"{path}: holds {checkpoint.get('part')!r}, not {part!r}; rename it, or "
+                         f"train the {part} again")
+    kind, config = parts[part]
+    try:
+        model = kind(sound_config(config, checkpoint["config"]))
+        model.load_state_dict(sound_weights(checkpoint["weights"]), strict=True)
+        model.clip_id, model.trained = checkpoint["clip_id"], checkpoint["trained"]
+        assert isinstance(model.clip_id, str | None), "its clip_id is no text"
+        assert isinstance(model.trained["data"], str), "it does not say on what it was trained"
+        if part == "clip":
+            model.tokenizer = Tokenizer(**checkpoint["tokenizer"])
+            belongs = model.tokenizer.vocab, model.tokenizer.context
+            assert belongs == (model.config.vocab, model.config.context), \
+                f"its tokenizer has {belongs}, its weights have another vocabulary and context"
+    except Exception as error:       # whatever a damaged file holds, the answer is the same
+        reason = (str(error) or type(error).__name__).splitlines()[-1].strip()
+        raise ValueError(f"{path}: its content does not fit this code ({reason}); train it again, "
+                         f"or use another file") from None
+    return model.to(device).eval().requires_grad_(False)
+
+
+def sound_config(config, values):
+    """The config dataclass made of a dict of values; an assertion fails if one makes no sense."""
+    for field in fields(config):
+        value = values.get(field.name, field.default)
+        numbers = value if field.type is tuple else (value,)
+        most = 1 if field.type is float else 2 ** 16
+        assert isinstance(value, field.type) and all(
+            isinstance(n, (int, float)) and 0 <= n <= most for n in numbers), \
+            f"{field.name} is {value!r}"
+    return config(**values)
+
+
+def sound_weights(weights):
+    """The weights, if all of them are real, finite numbers."""
+    for name, value in weights.items():
+        assert not value.is_complex() and value.isfinite().all(), f"{name} is not finite"
+    return weights
+
+
+# ---- Folders -----------------------------------------------------------------------------------
+
+def missing(part):
+    """The error to raise where a part's weights are needed and not there."""
+    return ValueError(f"there are no weights of the {part.replace('_', ' ')}: "
+                      f"python train.py --stage {part.replace('_', '-')} makes them")
+
+
+def check_clip(model, clip, path):
+    """Refuse a part that was trained on the embeddings of another CLIP."""
+    if model.clip_id not in (clip.clip_id, None):
+        raise ValueError(f"{path}: belongs to another CLIP ({model.clip_id}, here is "
+                         f"{clip.clip_id}); train it again on this one")
+
+
+def load_parts(folder, device="cpu"):
+    """The parts of a folder and, where it lacks one, the shipped part of the same CLIP → {part:
+    model}. A line on stderr names each shipped part. Raises ValueError or OSError, in one line."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder of weights; "
+                                f"python train.py makes runs/shapes")
+    found = {part: load_part(folder / f"{part}.pt", device)
+             for part in PARTS if (folder / f"{part}.pt").exists()}
+    if not found:
+        raise FileNotFoundError(f"{folder}: no weights in it (clip.pt, decoder.pt, …); "
+                                f"python train.py makes them")
+    shipped = SHIPPED / next(iter(found.values())).trained["data"]
+    if "clip" not in found and not (shipped / "clip.pt").exists():
+        raise FileNotFoundError(f"{folder}: clip.pt is missing; "
+                                f"python train.py --stage clip makes it")
+    clip = found.get("clip") or load_part(shipped / "clip.pt", device)
+    for part, model in found.items():
+        check_clip(model, clip, folder / f"{part}.pt")
+        if part == "decoder" and model.config.image_size != clip.config.image_size:
+            raise ValueError(f"{folder}: the decoder draws {model.config.image_size} pixels a side,"
+                             f" its CLIP sees {clip.config.image_size}; train the decoder again")
+    for part in PARTS:
+        path = shipped / f"{part}.pt"
+        if part not in found and path.exists() and folder.resolve() != shipped.resolve():
+            model = clip if part == "clip" else load_part(path, device)
+            if model.clip_id in (clip.clip_id, None):
+                found[part] = model
+                print(f"{part}: not in {folder}, using the shipped {path}", file=sys.stderr)
+    return found
+
+
+# ---- Commands ----------------------------------------------------------------------------------
+# What the command lines of train.py, sample.py and evaluate.py share.
+
+class Parser(argparse.ArgumentParser):
+    """argparse itself would print its whole usage for an error, and leave."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message):
+        raise ValueError(f"{message}; see --help")
+
+
+def find_device(name):
+    """The torch.device of --device. Raises ValueError if this machine has none of that name."""
+    try:
+        torch.zeros(1, device=name).cpu()
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"--device {name}: not to be had here; try --device cpu") from None
+    return torch.device(name)
+
+
+def check_out(folder):
+    """Refuse, before any work, a folder for results that can't be written. Nothing is made."""
+    nearest = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    try:
+        tempfile.TemporaryFile(dir=nearest).close()
+    except OSError as error:
+        raise OSError(f"--out {folder}: can't be written ({error.strerror}); choose another folder"
+                      ) from None
+
+
+def say(text):
+    """One line on stderr, whatever characters a prompt or the name of a file may hold."""
+    line = " ".join(str(text).split())
+    print("".join(c if c.isprintable() else repr(c)[1:-1] for c in line), file=sys.stderr)
+
+
+def run_command(name, command, argv=None):
+    """Call command(argv) → the exit status: its own or 0; 130 if it was stopped; 2 if it raised
+    what a user can mend, which is told in one line."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):              # a console may lack a character
+            stream.reconfigure(errors="backslashreplace")
+    keep_freed_memory()
+    try:
+        return command(argv) or 0
+    except (ValueError, OSError) as error:
+        say(f"{name}: {error}")
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+            raise                                       # a fault of the code: show where it is
+        say(f"{name}: out of memory; ask for less at once, see --help")
+    except KeyboardInterrupt:
+        return 130
+    return 2
+
+
+def keep_freed_memory():
+    """glibc returns large freed blocks to the system, and asks for them again at the next step. Let
+    it keep them; elsewhere, this does nothing."""
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    for option, value in ((-1, 2**31 - 1), (-3, 2**30)):     # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+        mallopt(option, value)
