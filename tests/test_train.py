@@ -1,58 +1,59 @@
-"""train.py as it is typed, on tiny models: what a run leaves, how it stops, goes on and refuses.
-
-What the stages learn is tested with the models themselves; here it is the machine around them.
-"""
-
+"""train.py as it is typed, on tiny models: what a run learns and leaves, how it stops, goes on and
+refuses."""
 import copy
 import csv
+import math
 import os
+import random
 import re
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn as nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-import data
+import checkpoints
 import train
-import unclip
-from clip_tiny import CLIP, CLIPConfig, Tokenizer
-from data import Dataset, to_float
-from unclip import UnCLIP, load_part
+from checkpoints import load_part, load_parts, write_torch
+from conftest import ROOT, tiny_parts
+from data import Dataset
+from shapes import to_float, write_png
+from unclip import UnCLIP
 
 STAGES = ["clip", "prior", "ar-prior", "decoder", "upsampler"]
-OF_CLIP = STAGES[1:4]                                # the stages that learn on a CLIP's embeddings
-TINY = {"clip": dict(patch=8, width=64, depth=1, text_width=32, text_depth=1, dim=16),
-        "prior": dict(width=32, depth=1, steps=2), "ar-prior": dict(width=32, depth=1),
-        "decoder": dict(channels=(8,), blocks=(1,), attention=(False,), emb_width=32,
-                        text_width=32, text_depth=1, steps=1, guidance=1.0),
-        "upsampler": dict(factor=2, channels=(8,), blocks=(1,), emb_width=16, steps=2)}
+TINY = {"clip": dict(width=64, depth=1, dim=16), "prior": dict(width=32, depth=1),
+        "ar-prior": dict(width=32, depth=1, buckets=8),
+        "decoder": dict(channels=(8, 32), blocks=(1, 1), attention=(False, True), width=32,
+                        text_depth=1),
+        "upsampler": dict(channels=(8,), blocks=(1,), width=16)}
+FEW = dict(LARGE_PICTURES=4, VALIDATION_PICTURES=6, VALIDATION_DRAWS=16, LOG_ROWS=3)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def tiny(tmp_path_factory):
-    """Tiny models on few pictures, which are rendered once; and no shipped weights."""
+    """Tiny models, few pictures, which are rendered once, and no shipped weights."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("UNCLIP_CACHE", str(tmp_path_factory.mktemp("cache")))
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("UNCLIP_CACHE", str(folder))
         patch.setitem(train.SIZES, "small", TINY)
-        patch.setattr(train, "UPSAMPLER_IMAGES", 8)
-        patch.setattr(train, "VALIDATION_IMAGES", 8)
-        for stage in train.STAGES.values():          # 128 for validation would take long
-            loss = lambda self, model, pairs, n, generator, whole=stage.loss: \
-                whole(self, model, pairs, min(n, 16), generator)
-            patch.setattr(stage, "loss", loss)
-        nowhere = tmp_path_factory.mktemp("nothing")
-        patch.setattr(train, "SHIPPED", nowhere)
-        patch.setattr(unclip, "SHIPPED", nowhere)
+        for name, value in FEW.items():
+            patch.setattr(train, name, value)
+        for module in (train, checkpoints):
+            patch.setattr(module, "SHIPPED", folder / "nothing")
         yield
 
 
-def type_in(*argv, limit=48, steps=2):
-    options = ["--device", "cpu", "--limit", limit, "--batch-size", 8, "--steps", steps]
-    return train.main([str(a) for a in [*options, *argv]])
+def type_in(*argv, steps=2, limit=24):
+    return train.main([str(a) for a in ("--device", "cpu", "--limit", limit, "--batch-size", 8,
+                                        "--steps", steps, *argv)])
 
 
 @pytest.fixture
@@ -64,8 +65,7 @@ def call(tmp_path, monkeypatch, capsys):
         status = type_in(*argv, **options)
         out, err = capsys.readouterr()
         assert out == ""
-        bar = re.compile(r"\d+%\|")
-        return status, [line for line in err.splitlines() if line and not bar.search(line)]
+        return status, [line for line in err.splitlines() if line and not re.search(r"\d%\|", line)]
     return call
 
 
@@ -82,12 +82,18 @@ def copied(trained, tmp_path):
     return shutil.copytree(trained, tmp_path / "copied")
 
 
-def weights(path):
-    return torch.load(path, weights_only=True)["weights"]
+@pytest.fixture
+def unseen(monkeypatch):
+    """For tests that look at no pictures: to draw them takes long."""
+    monkeypatch.setattr(train, "picture_to_watch", lambda *_: None)
 
 
-def same_bits(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+def part(stage):
+    return stage.replace("-", "_")
+
+
+def read(path):
+    return torch.load(path, weights_only=True)
 
 
 def log(path):
@@ -95,32 +101,26 @@ def log(path):
         return list(csv.DictReader(file))
 
 
-def part(stage):
-    return stage.replace("-", "_")
+def same_bits(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_bits(a[k], b[k]) for k in a)
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-def signalled(monkeypatch, step, number=signal.SIGINT):
-    """Send this process a signal at the end of a step of training."""
-    update_ema = train.State.update_ema
-
-    def update(state, decay):
-        update_ema(state, decay)
-        if state.step == step:
-            os.kill(os.getpid(), number)
-    monkeypatch.setattr(train.State, "update_ema", update)
+def at_step(monkeypatch, step, do):
+    """Do something at the end of a step."""
+    update = train.State.update_ema
+    monkeypatch.setattr(train.State, "update_ema", lambda state, decay: (
+        update(state, decay), state.step == step and do(state)))
 
 
-def interrupted(call, argv, step, number=signal.SIGINT):
-    with pytest.MonkeyPatch.context() as patch:
-        signalled(patch, step, number)
-        return call(*argv)
+def interrupt(*_):
+    os.kill(os.getpid(), signal.SIGINT)
 
 
-def settings(stage, **changes):
-    args = ["--stage", stage, "--device", "cpu", "--limit", "48", "--steps", "2"]
-    for key, value in changes.items():
-        args += [f"--{key}", str(value)]
-    return train.Run(stage, train.parse(args))
+def run_of(stage, *argv):
+    argv = ["--stage", stage, "--device", "cpu", "--limit", "24", "--batch-size", "8", *argv]
+    return train.Run(stage, train.parse([str(a) for a in argv]))
 
 
 # ---- A whole run ---------------------------------------------------------------------------------
@@ -129,303 +129,381 @@ def test_all_stages_leave_weights_a_log_a_state_and_pictures(trained):
     files = {f"{part(stage)}.{kind}" for stage in STAGES for kind in ("pt", "state.pt", "csv")}
     pictures = {"decoder.png", "upsampler.png"}      # at the priors' turn there was no decoder yet
     assert {path.name for path in trained.iterdir()} == files | pictures
-    for path in trained.glob("*.pt"):
-        torch.load(path, weights_only=True)
     for stage in STAGES:
-        trained_on = load_part(trained / f"{part(stage)}.pt").trained
-        assert trained_on["steps"] == 2 and trained_on["data"] == "shapes"
-        rows = log(trained / f"{part(stage)}.csv")
-        assert [row["step"] for row in rows] == ["1", "2"]
-        assert all(float(row[key]) >= 0 for row in rows for key in ("loss", "validation", "lr"))
+        made = load_part(trained / f"{part(stage)}.pt").trained
+        assert made["steps"] == 2 and made["data"] == "shapes" and made["limit"] == 24
+        first, last = log(trained / f"{part(stage)}.csv")
+        assert (first["step"], last["step"]) == ("1", "2") and float(last["validation"]) > 0
+        assert list(first)[:5] == ["step", "minutes", "lr", "loss", "validation"]
 
 
-def test_all_parts_of_a_run_are_of_one_clip_and_draw(trained, capsys):
-    model = UnCLIP.load(trained)
-    assert model.decoder.clip_id == model.clip.clip_id and len(model.upsamplers) == 1
-    for prior in ("diffusion", "ar", "text", "none"):
-        assert model.generate("a red cube", 1, prior=prior).shape == (1, 3, 64, 64)
+def test_the_parts_of_a_run_are_of_one_clip_and_draw(trained, capsys):
+    model = UnCLIP(**load_parts(trained))
+    for prior in ("diffusion", "ar"):
+        x = model.generate("a red cube", 1, prior=prior, steps=1)
+        assert x.shape == (1, 3, 128, 128) and x.isfinite().all()
     assert capsys.readouterr() == ("", "")
 
 
 def test_a_prior_shows_pictures_if_there_is_a_decoder(call, copied):
-    for stage in ("prior", "ar-prior"):
-        assert call("--stage", stage, "--out", copied, "--restart")[0] == 0
-        assert (copied / f"{part(stage)}.png").exists()
+    assert call("--stage", "prior", "--out", copied, "--restart", steps=1)[0] == 0
+    assert (copied / "prior.png").exists()
 
 
-def test_a_finished_run_says_so_and_trains_no_more(call, copied, monkeypatch):
+def test_a_finished_run_trains_no_more_and_changes_no_file(call, copied, monkeypatch):
     before = {path: path.read_bytes() for path in copied.iterdir()}
-    for stage in STAGES:
-        monkeypatch.setattr(train.STAGES[stage], "loss", None)
+    monkeypatch.setattr(train.data, "load", None)
     status, err = call("--out", copied)
-    assert status == 0 and sum("finished already" in line for line in err) == len(STAGES)
+    assert status == 0 and sum("finished already" in line for line in err) == len(err) == 5
     assert {path: path.read_bytes() for path in copied.iterdir()} == before
 
 
-@pytest.mark.parametrize("stage, lr, steps", [("clip", 3e-3, 60), ("decoder", 1e-2, 25)])
-def test_the_loss_falls(call, copied, monkeypatch, stage, lr, steps):
-    monkeypatch.setattr(train, "validate", lambda *_: 0.0)               # these take long
-    monkeypatch.setattr(train.STAGES[stage], "watch", lambda *_: None)
-    argv = ["--stage", stage, "--lr", lr, "--batch-size", 16, "--out", copied, "--restart"]
-    assert call(*argv, steps=steps)[0] == 0
-    losses = [float(row["loss"]) for row in log(copied / f"{stage}.csv")]
-    first, last = sum(losses[:5]) / 5, sum(losses[-5:]) / 5
-    assert len(losses) == steps and last < 0.8 * first, (first, last)
+# ---- Learning ------------------------------------------------------------------------------------
+
+COLOURS = {"red": (230, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 230), "gray": (128,) * 3}
+
+
+def coloured(N, seed, shuffle=False):
+    """N noisy pictures of one colour each, and captions that name it, or another if shuffled."""
+    g = torch.Generator().manual_seed(seed)
+    colour = torch.randint(4, (N,), generator=g)
+    plain = torch.tensor(list(COLOURS.values()))[colour].view(N, 3, 1, 1)
+    images = (plain + 40 * torch.randn(N, 3, 32, 32, generator=g)).clamp(0, 255).to(torch.uint8)
+    told = colour[torch.randperm(N, generator=g)] if shuffle else colour
+    return Dataset(images, [[f"a {list(COLOURS)[k]}"] for k in told], {}, [], flips=False)
+
+
+@pytest.fixture(scope="module")
+def learnt(tmp_path_factory):
+    """Two folders, with a CLIP's log and both priors: learnt from true captions, and from shuffled
+    ones. All priors learn on the true CLIP."""
+    folders = [tmp_path_factory.mktemp(name) for name in ("true", "shuffled")]
+    with pytest.MonkeyPatch.context() as patch:
+        for folder in folders:
+            sets = {"train": coloured(256, 0, folder is folders[1]), "validation": coloured(64, 1)}
+            patch.setattr(train.data, "load", lambda name, split, *_: sets[split])
+            options = ["--batch-size", 32, "--out", folder]
+            assert type_in("--stage", "clip", *options, steps=12) == 0
+            write_torch(folder / "clip.pt", read(folders[0] / "clip.pt"))
+            for stage in ("prior", "ar-prior"):
+                assert type_in("--stage", stage, *options, "--lr", 3e-3, steps=100) == 0
+    return folders
+
+
+def test_clip_tells_captions_of_new_pictures_apart_unless_it_learnt_shuffled_ones(learnt):
+    true, shuffled = (float(log(folder / "clip.csv")[-1]["validation"]) for folder in learnt)
+    chance = math.log(32)                            # if all pairs are alike to it
+    assert true < 0.75 * chance and shuffled > 0.97 * chance, (true, shuffled, chance)
+
+
+@pytest.mark.parametrize("kind, name", [("diffusion", "prior"), ("ar", "ar_prior")])
+def test_a_prior_s_z_i_are_nearer_than_the_mean_unless_it_learnt_shuffled_captions(learnt, kind,
+                                                                                 name):
+    unclip, d = UnCLIP(load_part(learnt[0] / "clip.pt")), coloured(64, 1)
+    true = train.embed_images(unclip.clip, d.images)
+    tokens = unclip.clip.tokenizer([y for ys in d.captions for y in ys])
+    mean = nn.functional.normalize(true.mean(0), dim=0)
+    baseline, near = (true @ mean).mean(), []        # the best that one answer to all can do
+    for folder in learnt:
+        unclip.parts[name] = load_part(folder / f"{name}.pt")
+        near.append((unclip.draw_z_i(tokens, 0, range(64), kind) * true).sum(1).mean())
+    assert near[0] > baseline + 0.5 * (1 - baseline) and near[1] < baseline, (near, baseline)
+
+
+def test_x_0_errors_are_those_of_the_closed_form_for_a_network_that_answers_zero(trained):
+    """Then x_0 is guessed as cos φ · x_t, which is off by sin² φ · x_0 − cos φ sin φ · eps."""
+    run = run_of("decoder", "--out", trained, "--restart")
+    pairs, validation = train.load_pairs(run)
+    model = train.build(run, pairs).eval()           # its last layer starts at zero
+    columns = dict(train.validate(run, model, validation))
+    assert len(columns) == 11 and set(validation.groups) == {"one", "two"}
+    for name, i in validation.groups.items():
+        for t in (100, 300, 500, 700, 900):
+            cos2, x = model.diffusion.alphas_bar[t].item(), to_float(validation.images[i])
+            error = (1 - cos2) ** 2 * x.square().mean().item() + cos2 * (1 - cos2)
+            assert columns[f"{name}_{t}"] == pytest.approx(1000 * error, rel=0.05)
 
 
 # ---- Stopping and going on -----------------------------------------------------------------------
 
+def two_folders(trained, tmp_path, stage):
+    folders = tmp_path / "whole", tmp_path / "parts"
+    for folder in folders:
+        folder.mkdir()
+        shutil.copy(trained / "clip.pt", folder) if stage not in ("clip", "upsampler") else None
+    return folders
+
+
+def assert_same_run(a, b, stage):
+    """Weights, average, moments, random numbers and log of two runs are the same bits."""
+    states = [read(folder / f"{part(stage)}.state.pt") for folder in (a, b)]
+    for name in ("step", "model", "ema", "optimizer", "generator", "sums"):
+        assert same_bits(*(state[name] for state in states)), name
+    rows = [[{**row, "minutes": 0} for row in log(folder / f"{part(stage)}.csv")]
+            for folder in (a, b)]
+    assert rows[0] == rows[1] != []
+    assert same_bits(*(read(folder / f"{part(stage)}.pt")["weights"] for folder in (a, b)))
+
+
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_run_that_was_stopped_goes_on_to_the_same_bits(call, trained, tmp_path, stage):
-    for folder in ("whole", "parts"):
-        (tmp_path / folder).mkdir()
-        shutil.copy(trained / "clip.pt", folder) if stage in OF_CLIP else None
-    argv = ["--stage", stage, "--seed", 3, "--steps", 4, "--out"]
-    assert call(*argv, "whole")[0] == 0
-    number = signal.SIGTERM if stage == "decoder" else signal.SIGINT
-    status, err = interrupted(call, [*argv, "parts"], 2, number)
-    assert status == 130 and "stopped at step 2" in err[-1]
-    assert load_part(f"parts/{part(stage)}.pt").trained["steps"] == 2      # to be used meanwhile
-    status, err = call(*argv, "parts")
-    assert status == 0 and any("step 2 of 4: going on" in line for line in err)
-    whole, parts = (torch.load(f"{folder}/{part(stage)}.state.pt", weights_only=True)
-                    for folder in ("whole", "parts"))
-    assert whole["step"] == parts["step"] == 4
-    for name in ("model", "ema"):
-        assert same_bits(whole[name], parts[name])
-    for k, moments in whole["optimizer"]["state"].items():
-        assert same_bits(moments, parts["optimizer"]["state"][k])
-    assert torch.equal(whole["generator"], parts["generator"])
-    assert same_bits(*(weights(f"{folder}/{part(stage)}.pt") for folder in ("whole", "parts")))
-    rows = log(f"parts/{part(stage)}.csv")
-    assert [row["step"] for row in rows] == ["1", "2", "3", "4"]
+def test_a_run_that_was_stopped_goes_on_to_the_same_bits(call, trained, tmp_path, stage, unseen):
+    whole, parts = two_folders(trained, tmp_path, stage)
+    argv, number = ["--stage", stage, "--seed", 3, "--steps", 6, "--out"], signal.SIGINT
+    assert call(*argv, whole)[0] == 0
+    with pytest.MonkeyPatch.context() as patch:      # between two rows of the log
+        number = signal.SIGTERM if stage == "prior" else signal.SIGINT
+        at_step(patch, 3, lambda _: [os.kill(os.getpid(), number) for _ in range(2)])
+        status, err = call(*argv, parts)
+    assert status == 130 and "stopped at step 3" in err[-1]
+    assert load_part(parts / f"{part(stage)}.pt").trained["steps"] == 3      # for use meanwhile
+    status, err = call(*argv, parts)
+    assert status == 0 and any("from step 3 to 6" in line for line in err)
+    assert_same_run(whole, parts, stage)
 
 
-def test_a_signal_in_the_last_step_ends_the_command_too(call):
-    assert interrupted(call, ["--out", "run"], 2)[0] == 130
+def kill(argv, state, seed):
+    """Start a process that saves at every step; kill it at a random moment after its first save."""
+    code = f"""import sys, time; sys.path.insert(0, {str(ROOT)!r}); import torch, train
+torch.set_num_threads(1)
+rate = train.learning_rate                           # it waits, and in the last step for ever
+train.learning_rate = lambda k, r: time.sleep(0.1 if k + 1 < r.steps else 999) or rate(k, r)
+train.SIZES["small"], train.SAVE_SECONDS = {TINY!r}, -1
+vars(train).update({FEW!r}, picture_to_watch=lambda *_: None)
+train.main(sys.argv[1:])"""
+    before = state.stat().st_mtime_ns if state.exists() else 0
+    process = subprocess.Popen([sys.executable, "-c", code, *map(str, argv)], stderr=-1)
+    while process.poll() is None and not (state.exists() and state.stat().st_mtime_ns > before):
+        time.sleep(0.005)
+    time.sleep(random.Random(seed).uniform(0, 0.5))
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, process.stderr.read().decode()
+
+
+def assert_kills_lose_nothing(call, trained, tmp_path, stage, kills, steps):
+    whole, parts = two_folders(trained, tmp_path, stage)
+    argv = ["--stage", stage, "--seed", 3, "--steps", steps, "--batch-size", 8, "--limit", 24,
+            "--device", "cpu", "--out"]
+    state = parts / f"{part(stage)}.state.pt"
+    for number in range(kills):
+        if number == 0 or read(state)["step"] < steps - 1:
+            kill([*argv, parts], state, number)
+        load_part(parts / f"{part(stage)}.pt")               # is whole at any time
+    assert call(*argv, parts)[0] == call(*argv, whole)[0] == 0
+    assert_same_run(whole, parts, stage)
+    assert not list(parts.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("stage", ["clip", "prior"])
+def test_a_process_that_is_killed_loses_nothing_that_was_saved(call, trained, tmp_path, stage,
+                                                              unseen):
+    assert_kills_lose_nothing(call, trained, tmp_path, stage, kills=1, steps=8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_twenty_kills_lose_nothing_either(call, trained, tmp_path, stage, unseen, request):
+    if "slow" not in request.config.option.markexpr:
+        pytest.skip("pytest -m slow runs it")
+    assert_kills_lose_nothing(call, trained, tmp_path, stage, kills=20, steps=120)
+
+
+def test_a_signal_in_the_last_step_of_a_stage_ends_the_command_too(call, monkeypatch):
+    at_step(monkeypatch, 2, interrupt)
+    assert call("--out", "run")[0] == 130
     assert os.path.exists("run/clip.pt") and not os.path.exists("run/prior.csv")
 
 
 def test_a_signal_before_training_ends_it_without_a_traceback(call, monkeypatch):
-    def interrupt(*_, **__):
-        raise KeyboardInterrupt
-    monkeypatch.setattr(data, "load", interrupt)
-    assert call("--stage", "clip", "--out", "run") == (130, [])
+    monkeypatch.setattr(train.data, "load", interrupt)
+    assert call("--out", "run") == (130, []) and not os.path.exists("run")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_are_heeded_and_their_handlers_put_back(number):
-    before = signal.getsignal(number)
-    with train.Stop() as stop:
-        assert not stop.asked
-        os.kill(os.getpid(), number)
-        os.kill(os.getpid(), number)                                     # impatience does no harm
-    assert stop.asked and signal.getsignal(number) == before
+def test_restart_begins_anew(call, copied, unseen):
+    argv = ["--stage", "prior", "--out", copied, "--seed", 7]
+    assert call(*argv, "--restart")[0] == 0
+    assert load_part(copied / "prior.pt").trained["seed"] == 7
+    assert [row["step"] for row in log(copied / "prior.csv")] == ["1", "2"]  # the old log is gone
+    assert call(*argv)[0] == 0                                               # it is finished now
 
 
-def test_the_last_step_is_saved_though_the_part_was_saved_before(call, copied):
-    """By a save on the way, or by an earlier run: a finished part is that of the last step."""
-    before = weights(copied / "decoder.pt")
-    assert call("--stage", "decoder", "--out", copied, "--restart", steps=3)[0] == 0
-    state = torch.load(copied / "decoder.state.pt", weights_only=True)
-    assert state["step"] == 3 and load_part(copied / "decoder.pt").trained["steps"] == 3
-    assert same_bits(weights(copied / "decoder.pt"), state["ema"])
-    assert not same_bits(weights(copied / "decoder.pt"), before)
-
-
-def test_a_run_that_is_killed_goes_on_from_the_last_save(call, copied, monkeypatch):
-    monkeypatch.setattr(train, "SAVE_SECONDS", -1)                       # at every step
-    update_ema, steps = train.State.update_ema, []
-
-    def kill(state, decay):
-        update_ema(state, decay)
-        steps.append(state.step)
-        if len(steps) == 3:
-            raise MemoryError
-    monkeypatch.setattr(train.State, "update_ema", kill)
-    argv = ["--stage", "decoder", "--out", copied, "--seed", 5, "--steps", 4]
-    with pytest.raises(MemoryError):
-        call(*argv, "--restart")
-    assert call(*argv)[0] == 0 and steps == [1, 2, 3, 3, 4]
-    assert not list(copied.glob("*.tmp"))
-
-
-def test_another_configuration_is_refused_and_the_state_stays(call, copied):
+@pytest.mark.parametrize("flag, value, word", [
+    ("--lr", 0.5, "lr was 0.001, now 0.5"), ("--seed", 1, "seed was 0, now 1"),
+    ("--steps", 3, "steps was 2, now 3"), ("--batch-size", 9, "batch_size was 8, now 9"),
+    ("--limit", 25, "limit was 24, now 25")])
+def test_another_configuration_is_refused_before_any_work(call, copied, monkeypatch, flag, value,
+                                                          word):
     before = {path: path.read_bytes() for path in copied.iterdir()}
-    for flag, value, word in (("--lr", 0.5, "lr was 0.001, now 0.5"), ("--seed", 1, "seed"),
-                              ("--steps", 3, "steps was 2, now 3"), ("--batch-size", 9, "batch"),
-                              ("--limit", 47, "limit was 48, now 47")):
-        status, err = call("--stage", "prior", "--out", copied, flag, value)
-        assert status == 2 and len(err) == 1, err
-        assert "--restart" in err[0] and "prior.state.pt" in err[0] and word in err[0]
+    monkeypatch.setattr(train.data, "load", None)
+    status, err = call("--stage", "prior", "--out", copied, flag, value)
+    assert status == 2 and len(err) == 1, err
+    assert all(w in err[0] for w in ("--restart", "prior.state.pt", word)), err
     assert {path: path.read_bytes() for path in copied.iterdir()} == before
 
 
-def of_another_version(state):
-    del state["model"][next(iter(state["model"]))]
+@pytest.fixture(scope="module")
+def halfway(trained, tmp_path_factory):
+    """A folder with a CLIP that was stopped at step 2 of 4. Read only."""
+    folder = tmp_path_factory.mktemp("halfway")
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, 2, interrupt)
+        assert type_in("--stage", "clip", "--out", folder, steps=4) == 130
+    return folder
 
 
-def of_other_captions(state):
-    state["tokenizer"]["merges"].pop()
+def first(state, name):
+    return next(iter(state[name].values()))
 
 
-@pytest.mark.parametrize("spoil", [of_another_version, of_other_captions, dict.clear])
-def test_a_state_that_does_not_fit_is_refused(call, copied, spoil):
-    path = copied / "clip.state.pt"
-    state = torch.load(path, weights_only=True)
-    spoil(state)
-    torch.save(state, path)
-    status, err = call("--stage", "clip", "--out", copied)
-    assert status == 2 and len(err) == 1 and "--restart" in err[0] and str(path) in err[0]
+@pytest.mark.parametrize("spoil", [
+    lambda s: s.pop("optimizer"), lambda s: s["optimizer"].pop(1), lambda s: s["model"].popitem(),
+    lambda s: s["optimizer"][0].pop("exp_avg"), lambda s: s.update(step="two"),
+    lambda s: s.update(step=-5), lambda s: s.update(step=True), lambda s: s.update(seconds=None),
+    lambda s: first(s, "model").fill_(math.nan), lambda s: first(s, "ema").fill_(math.inf),
+    lambda s: s["optimizer"][0]["exp_avg_sq"].fill_(math.nan), lambda s: s.update(identity=None),
+    lambda s: s.update(generator=torch.zeros(3)), lambda s: s.update(rows=[1, 2]), dict.clear,
+    lambda s: s["tokenizer"]["merges"].pop(), lambda s: s.update(sums=torch.zeros(5)),
+    lambda s: s.update(model=[1]), b"", b"hello", 5000])
+def test_a_damaged_state_is_refused_in_one_line_that_names_it(call, halfway, tmp_path, spoil):
+    path = shutil.copytree(halfway, tmp_path / "run") / "clip.state.pt"
+    if isinstance(spoil, int):
+        os.truncate(path, spoil)
+    elif isinstance(spoil, bytes):
+        path.write_bytes(spoil)
+    else:
+        spoil(state := read(path))
+        torch.save(state, path)
+    before = {path: path.read_bytes() for path in path.parent.iterdir()}
+    status, err = call("--stage", "clip", "--out", "run", steps=4)
+    assert status == 2 and len(err) == 1, err
+    assert "--restart" in err[0] and "run/clip.state.pt" in err[0], err
+    assert {path: path.read_bytes() for path in path.parent.iterdir()} == before
 
 
-def test_restart_begins_anew(call, copied):
-    argv = ["--stage", "decoder", "--out", copied, "--seed", 7]
-    status, err = call(*argv, "--restart")
-    assert status == 0 and not any("going on" in line or "already" in line for line in err)
-    assert load_part(copied / "decoder.pt").trained["seed"] == 7
-    rows = log(copied / "decoder.csv")
-    assert [row["step"] for row in rows] == ["1", "2"]                   # the old log is gone
-    assert call(*argv)[0] == 0                                           # and it is finished now
+# ---- What could be lost --------------------------------------------------------------------------
+
+@pytest.mark.parametrize("of", ["loss", "gradient"])
+def test_what_is_no_number_never_overwrites_good_weights(call, copied, monkeypatch, unseen, of):
+    """Every step is saved here, and a row of the log comes only after every second one."""
+    class Bad(torch.autograd.Function):
+        forward = staticmethod(lambda ctx, x: x * (math.nan if of == "loss" else 1))
+        backward = staticmethod(lambda ctx, g: g * math.nan)
+
+    def loss_of(model, b, g):
+        steps.append(1) if model.training else None
+        return Bad.apply(loss(model, b, g)) if len(steps) == 4 else loss(model, b, g)
+    steps, loss = [], train.STAGES["prior"]
+    monkeypatch.setitem(train.STAGES, "prior", loss_of)
+    monkeypatch.setattr(train, "SAVE_SECONDS", -1)
+    status, err = call("--stage", "prior", "--out", copied, "--restart", steps=6)
+    assert status == 2 and all(w in err[-1] for w in ("prior", "step 4", "--lr", "0.001")), err
+    state = read(copied / "prior.state.pt")
+    assert state["step"] == load_part(copied / "prior.pt").trained["steps"] == 3
+    assert all(value.isfinite().all() for value in state["model"].values())
+
+
+def test_a_second_run_of_a_part_in_a_folder_is_refused_while_the_first_runs(call, copied, unseen):
+    argv = ["--stage", "prior", "--out", copied, "--restart"]
+    with train.open_log(run_of("prior", "--out", copied, "--restart")):
+        before = (copied / "prior.csv").read_bytes()
+        status, err = call(*argv)
+        assert status == 2 and len(err) == 1 and "another run" in err[0] and "prior.csv" in err[0]
+        assert (copied / "prior.csv").read_bytes() == before
+        assert call(*argv, "--stage", "ar-prior")[0] == 0        # another part may be trained
+    assert call(*argv)[0] == 0
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), RuntimeError("unexpected pos")])
+@pytest.mark.parametrize("write", ["write_torch", "save_part", "write_log", "write_png"])
+def test_a_disk_that_is_full_ends_the_run_in_one_line_and_leaves_the_last_checkpoint(
+        call, copied, monkeypatch, write, error):
+    def full(*_):
+        raise error
+    monkeypatch.setattr(train, "SAVE_SECONDS", -1)
+    monkeypatch.setattr(train, "picture_to_watch", lambda *_: torch.zeros(3, 8, 8).byte())
+    at_step(monkeypatch, 3, lambda _: monkeypatch.setattr(train, write, full))
+    status, err = call("--stage", "prior", "--out", copied, "--restart", steps=3)
+    assert status == 2 and "copied" in err[-1] and re.search("No space|full?", err[-1]), err
+    assert read(copied / "prior.state.pt")["step"] == 2
+    load_part(copied / "prior.pt")
 
 
 # ---- CLIP and what is learnt on it ---------------------------------------------------------------
 
-def test_a_missing_clip_is_named_with_the_command_that_makes_it(call):
-    for stage in OF_CLIP:
-        status, err = call("--stage", stage, "--out", "run")
-        assert status == 2 and len(err) == 1
-        assert "run/clip.pt" in err[0] and "--stage clip" in err[0] and not os.path.exists("run")
+def test_clip_pt_lies_on_the_principal_axes_of_its_z_i_and_no_angle_changed(trained):
+    run = run_of("clip", "--out", trained, "--steps", 2)
+    (pairs, _), clip = train.load_pairs(run), load_part(trained / "clip.pt")
+    z = train.embed_images(clip, pairs.images)
+    covariance = torch.cov(z.T)
+    assert (covariance - covariance.diag().diag()).abs().max() < 1e-4 * covariance.max()
+    assert (covariance.diag().diff() < 1e-6).all()                       # the largest first
+    assert clip.whiten(z).mean(0).abs().max() < 1e-3
+    plain = train.build(run, pairs).eval()
+    plain.load_state_dict(read(trained / "clip.state.pt")["ema"])        # what trains on: not turned
+    before = train.embed_images(plain, pairs.images)
+    assert torch.allclose(z @ z.T, before @ before.T, atol=1e-5)
 
 
-def test_a_stage_in_an_empty_folder_takes_the_shipped_clip_and_says_so(
-        call, tiny_weights, tmp_path, monkeypatch, capsys):
-    shutil.copytree(tiny_weights, tmp_path / "weights" / "shapes")
-    for module in (train, unclip):
-        monkeypatch.setattr(module, "SHIPPED", tmp_path / "weights")
-    status, err = call("--stage", "prior", "--out", "run")
-    assert status == 0 and "no clip.pt in run" in err[0] and "weights/shapes/clip.pt" in err[0]
-    assert sorted(os.listdir("run")) == ["prior.csv", "prior.png", "prior.pt", "prior.state.pt"]
-    assert load_part("run/prior.pt").clip_id == "tiny"
-    model = UnCLIP.load("run")                                           # the rest is shipped
-    assert model.priors["diffusion"].config.width == TINY["prior"]["width"]
-    assert model.generate("a red cube", 1, upsample=False).shape == (1, 3, 32, 32)
-
-
-def test_a_clip_for_other_pictures_is_refused(call, copied):
-    status, err = call("--stage", "prior", "--size", "base", "--out", copied, "--restart")
-    assert status == 2 and len(err) == 1 and "32" in err[0] and "--stage clip" in err[0]
-
-
-def test_a_retrained_clip_is_another_one(call, copied):
-    old = load_part(copied / "clip.pt").clip_id
-    assert call("--stage", "clip", "--out", copied, "--restart")[0] == 0
-    new = load_part(copied / "clip.pt").clip_id
-    assert old != new
-    with pytest.raises(ValueError, match=f"belongs to another CLIP.*{old}.*{new}"):
-        UnCLIP.load(copied)
+def test_a_clip_that_went_on_learning_or_learnt_anew_is_another_one(call, copied, monkeypatch):
+    argv, ids = ["--stage", "clip", "--out", copied], [load_part(copied / "clip.pt").clip_id]
+    with monkeypatch.context() as patch:
+        at_step(patch, 1, interrupt)
+        assert call(*argv, "--restart")[0] == 130
+    for _ in range(2):
+        ids.append(load_part(copied / "clip.pt").clip_id)
+        os.unlink(copied / "clip.pt")
+        assert call(*argv)[0] == 0
+    assert len(set(ids)) == 3 and load_part(copied / "clip.pt").clip_id == ids[2]  # same weights
     status, err = call("--stage", "decoder", "--out", copied)
-    assert status == 2 and "--restart" in err[0] and old in err[0] and new in err[0]
+    assert status == 2 and all(word in err[0] for word in ("--restart", ids[0], ids[2]))
 
-
-def test_a_clip_that_went_on_learning_is_another_one(call):
-    argv = ["--stage", "clip", "--out", "run"]
-    interrupted(call, argv, 1)
-    early = load_part("run/clip.pt").clip_id
-    assert call(*argv)[0] == 0
-    final = load_part("run/clip.pt").clip_id
-    assert early != final
-    os.unlink("run/clip.pt")
-    assert call(*argv)[0] == 0 and load_part("run/clip.pt").clip_id == final    # the same weights
-
-
-@pytest.mark.parametrize("stage", OF_CLIP)
-def test_clip_is_frozen(trained, tmp_path, monkeypatch, stage):
-    shutil.copy(trained / "clip.pt", tmp_path)
-    run = settings(stage, out=tmp_path)
-    before, file = copy.deepcopy(run.clip.state_dict()), (tmp_path / "clip.pt").read_bytes()
-    assert train.train(run)
-    assert same_bits(run.clip.state_dict(), before) and not run.clip.training
-    assert all(p.grad is None and not p.requires_grad for p in run.clip.parameters())
-    assert (tmp_path / "clip.pt").read_bytes() == file
-    state = torch.load(tmp_path / f"{part(stage)}.state.pt", weights_only=True)
-    assert not any("clip" in name for name in state["model"])
-
-
-@pytest.mark.parametrize("stage", ["prior", "decoder"])
-def test_z_i_is_whitened_by_the_training_embeddings(trained, tmp_path, stage):
-    shutil.copy(trained / "clip.pt", tmp_path)
-    fitted = train.STAGES[stage](settings(stage, out=tmp_path))
-    coordinates = fitted.model.whitening(fitted.data[0].z_i[0])
-    assert coordinates.mean(dim=0).abs().max() < 1e-4
-    assert (coordinates[:, 0].square().mean() * 16).item() == pytest.approx(1, abs=0.05)
-    saved = load_part(trained / f"{stage}.pt").whitening
-    assert torch.allclose(saved.spread, fitted.model.whitening.spread, atol=1e-5)
-
-
-def test_the_decoder_begins_to_read_where_clip_ends(trained, tmp_path):
-    shutil.copy(trained / "clip.pt", tmp_path)
-    run = settings("decoder", out=tmp_path)
-    text = train.STAGES["decoder"](run).model.text
-    assert same_bits(text.state_dict(), run.clip.text.state_dict())
-
-
-# ---- --init --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_init_begins_with_given_weights(call, trained, stage):
-    status, err = call("--stage", stage, "--init", trained, "--lr", 1e-30, "--out", "run",
-                       steps=1)
-    assert status == 0 and any(f"beginning with {trained}" in line for line in err)
-    given, now = (load_part(f"{folder}/{part(stage)}.pt") for folder in (trained, "run"))
-    for name, value in now.state_dict().items():
-        assert torch.allclose(value, given.state_dict()[name], atol=1e-20), name
-    assert now.trained["init"] == given.trained and given.trained["init"] is None
-    assert (given.clip_id == now.clip_id) == (stage != "clip")
-    assert any("no clip.pt in run" in line for line in err) == (stage in OF_CLIP)
+def test_clip_is_frozen_and_every_weight_of_a_part_learns(trained, tmp_path, stage, unseen):
+    shutil.copy(trained / "clip.pt", tmp_path)
+    run = run_of(stage, "--out", tmp_path, "--steps", 4)
+    pairs, _ = train.load_pairs(run)
+    start, frozen = train.build(run, pairs), run.clip and copy.deepcopy(run.clip.state_dict())
+    assert train.train(run) and (frozen is None or same_bits(run.clip.state_dict(), frozen))
+    now = read(tmp_path / f"{part(stage)}.state.pt")["model"]
+    same = [name for name, value in start.named_parameters() if torch.equal(now[name], value)]
+    assert not same, same
 
 
-def test_init_keeps_the_tokens_that_the_weights_know(call, trained):
-    """Another limit, another tokenizer: of as many tokens, but in another order."""
-    assert call("--stage", "clip", "--init", trained, "--out", "run", limit=40, steps=1)[0] == 0
-    given, now = (load_part(f"{folder}/clip.pt").tokenizer for folder in (trained, "run"))
-    assert now.merges == given.merges and now.words >= given.words
+def test_a_stage_takes_the_shipped_clip_if_the_folder_has_none_and_says_so(
+        call, tiny_weights, tmp_path, monkeypatch, unseen):
+    shutil.copytree(tiny_weights, tmp_path / "weights" / "shapes")
+    monkeypatch.setattr(train, "SHIPPED", tmp_path / "weights")
+    status, err = call("--stage", "prior", "--out", "run")
+    assert status == 0 and "no clip.pt in run" in err[0] and "weights/shapes/clip.pt" in err[0]
+    assert sorted(os.listdir("run")) == ["prior.csv", "prior.pt", "prior.state.pt"]
+    assert load_part("run/prior.pt").clip_id == "tiny"
 
 
-def test_init_that_does_not_fit_is_refused(call, trained, tmp_path, monkeypatch):
-    wider = dict(TINY, decoder=dict(TINY["decoder"], channels=(16,)))
-    monkeypatch.setitem(train.SIZES, "small", wider)
-    status, err = call("--stage", "decoder", "--init", trained, "--out", "run")
-    assert status == 2 and "do not fit" in err[-1] and f"{trained}/decoder.pt" in err[-1]
-    assert "\n" not in err[-1] and not list(tmp_path.glob("run/*"))
+@pytest.mark.parametrize("stage", ["prior", "clip"])
+def test_init_begins_with_given_weights(call, trained, stage, unseen):
+    assert call("--stage", stage, "--init", trained, "--out", "run", "--lr", 1e-9)[0] == 0
+    given, now = (load_part(f"{folder}/{stage}.pt") for folder in (trained, "run"))
+    for name, value in given.named_parameters():
+        assert torch.allclose(value, dict(now.named_parameters())[name], atol=1e-4) or \
+            "projection" in name                     # turned, as CLIP is whenever it is written
+    assert (now.clip_id == given.clip_id) == (stage == "prior")
+    assert now.trained["init"]["steps"] == 2
 
 
-@pytest.mark.parametrize("spoil, word", [
-    ("missing", "no such weights"), ("another's", "another CLIP"), ("misnamed", "not a decoder")])
-def test_init_that_is_wrong_is_refused(call, copied, tmp_path, spoil, word):
+def test_init_that_is_wrong_is_refused(call, copied):
     path = copied / "decoder.pt"
-    if spoil == "missing":
-        path.unlink()
-    elif spoil == "misnamed":
-        shutil.copy(copied / "prior.pt", path)
-    else:
-        torch.save({**torch.load(path), "clip_id": "another"}, path)
-    status, err = call("--stage", "decoder", "--init", copied, "--out", "run")
-    assert status == 2 and word in err[-1] and str(path) in err[-1]
-    assert not os.path.exists("run")
-
-
-def test_init_of_all_stages_is_refused_at_once(call, trained):
-    status, err = call("--init", trained, "--out", "run")
-    assert status == 2 and len(err) == 1 and "--stage" in err[0] and not os.path.exists("run")
+    for change, word in ((dict(clip_id="another"), "another CLIP"), (dict(part="gan"), "'gan'"),
+                         (None, "decoder.pt")):
+        write_torch(path, {**read(path), **change}) if change else path.unlink()
+        status, err = call("--stage", "decoder", "--init", copied, "--out", "run")
+        assert status == 2 and word in err[-1] and not os.path.exists("run"), err
 
 
 # ---- The parts of the machine --------------------------------------------------------------------
 
 @pytest.mark.parametrize("steps", [1, 2, 10, 100, 2500])
 def test_the_learning_rate_warms_up_and_ends_near_zero(steps):
-    recipe = train.Recipe(steps, 1, lr=0.1)
-    rates = [train.learning_rate(k, recipe) for k in range(steps)]
+    rates = [train.learning_rate(k, train.Recipe(steps, 1, lr=0.1)) for k in range(steps)]
     peak, warm_up = rates.index(max(rates)), max(1, steps // 50)
     assert max(rates) == pytest.approx(0.1) and abs(peak - warm_up) <= 1
     assert rates[0] == pytest.approx(0.1 / warm_up) and min(rates) > 0
@@ -435,172 +513,133 @@ def test_the_learning_rate_warms_up_and_ends_near_zero(steps):
 
 
 def state_of(model, recipe=train.Recipe(steps=1, batch_size=1, lr=0.1)):
-    return train.State(SimpleNamespace(recipe=recipe, device=torch.device("cpu"),
+    return train.State(SimpleNamespace(recipe=recipe, device=torch.device("cpu"), saved=None,
                                        args=SimpleNamespace(seed=0)), model)
 
 
-def averaged(steps, decay=0.999):
-    """The average of a weight that is 0 at first and 1 after each of these steps."""
+def test_the_average_of_a_short_run_is_not_its_start_and_that_of_a_long_run_is_slow():
     state = state_of(nn.Linear(1, 1))
     nn.init.zeros_(state.ema.weight)
     nn.init.ones_(state.model.weight)
-    for state.step in steps:
-        state.update_ema(decay)
-    return state.ema.weight.item()
-
-
-def test_the_average_of_a_short_run_is_not_its_initialisation():
-    assert averaged(range(1, 6)) > 0.99
-    assert 0.999 ** 5 > 0.99                                  # what would be left without warm-up
-
-
-def test_the_average_of_a_long_run_is_slow():
-    assert averaged([20000]) == pytest.approx(0.001, rel=1e-3)
-
-
-def test_the_average_in_a_checkpoint_is_near_what_was_learnt(copied, call):
-    assert call("--stage", "decoder", "--lr", 0.01, "--out", copied, "--restart", steps=6)[0] == 0
-    state = torch.load(copied / "decoder.state.pt", weights_only=True)
-    name = "unet.out.weight"                                  # begins at zero
-    learnt, average = state["model"][name], state["ema"][name]
-    assert learnt.norm() > 0 and (average - learnt).norm() < 0.5 * learnt.norm()
-    assert same_bits(state["ema"], weights(copied / "decoder.pt"))
+    for state.step in range(1, 6):
+        state.update_ema(0.999)
+    assert state.ema.weight.item() > 0.99 and 1 - 0.999 ** 5 < 0.01      # without the warm-up
+    nn.init.zeros_(state.ema.weight)
+    state.step = 20_000
+    state.update_ema(0.999)
+    assert state.ema.weight.item() == pytest.approx(0.001, rel=1e-3)
 
 
 def test_weight_decay_is_for_matrices():
-    model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
-    state = state_of(model, train.Recipe(1, 1, lr=0.1, weight_decay=0.05))
+    state = state_of(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)), train.Recipe(1, 1, 0.1, 0.05))
     matrices, vectors = state.optimizer.param_groups
     assert matrices["weight_decay"] == 0.05 and [p.dim() for p in matrices["params"]] == [2]
     assert vectors["weight_decay"] == 0 and {p.dim() for p in vectors["params"]} == {1}
 
 
-def pictures(N=20, flips=True, size=32):
-    """N random pictures with one to three captions each, some of them shared."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (N, 3, size, size), generator=generator, dtype=torch.uint8)
-    captions = [["a picture", f"number {i}", f"item {i % 5}"][:1 + i % 3] for i in range(N)]
-    return Dataset(images, captions, {}, [], flips)
+class NoWaits(TorchDispatchMode):
+    """What makes the CPU wait for a GPU is an error, and so it is where there is none."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert not re.search("_local_scalar_dense|nonzero|masked_select|unique", str(function))
+        return function(*args, **kwargs or {})
 
 
-def a_clip(captions):
-    torch.manual_seed(0)
-    tokenizer = Tokenizer.learn(captions, vocab=300, context=16)
-    clip = CLIP(CLIPConfig(vocab=tokenizer.vocab, context=16, **TINY["clip"]))
-    clip.tokenizer = tokenizer
-    return clip.eval()
+@pytest.mark.parametrize("stage", STAGES)
+def test_no_step_waits_for_the_device(trained, stage):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    run = run_of(stage, "--out", trained, "--device", device, "--restart")
+    pairs, _ = train.load_pairs(run)
+    state, g = train.State(run, train.build(run, pairs)), torch.Generator(device)
+    with NoWaits():
+        torch.cuda.set_sync_debug_mode("error") if device == "cuda" else None
+        loss = train.STAGES[stage](state.model, pairs.draw(8, g), g)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(state.model.parameters(), 1.0)
+        state.optimizer.step()
+        state.update_ema(0.999)
+        state.sums += torch.stack([loss.detach(), norm])
+        torch.cuda.set_sync_debug_mode("default") if device == "cuda" else None
 
+
+# ---- Pairs ---------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module", params=[True, False], ids=["flips", "no flips"])
-def embedded(request):
-    """(data set, CLIP, Pairs with embeddings)"""
-    d = pictures(flips=request.param)
-    clip = a_clip([caption for captions in d.captions for caption in captions])
-    return d, clip, train.Pairs(d, clip.tokenizer, "cpu").embed(clip, batch=7)
+def pairs(request):
+    """Random pictures with one to three captions each, some of them shared, and a CLIP."""
+    images = torch.randint(0, 256, (20, 3, 32, 32), dtype=torch.uint8)
+    captions = [["a picture", f"number {i}", f"item {i % 5}"][:1 + i % 3] for i in range(20)]
+    clip = tiny_parts()["clip"]
+    d = Dataset(images, captions, {}, [], flips=request.param)
+    return d, clip, train.Pairs(d, clip.tokenizer, clip, "cpu")
 
 
-def generator(seed=0):
+def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-@torch.no_grad()
-def test_cached_embeddings_are_those_of_clip(embedded):
-    d, clip, pairs = embedded
-    assert pairs.z_i.shape == (1 + d.flips, 20, 16)
-    assert torch.allclose(pairs.z_i[0], clip.encode_image(to_float(d.images)), atol=1e-6)
-    if d.flips:
-        mirrored = clip.encode_image(to_float(d.images.flip(3)))
-        assert torch.allclose(pairs.z_i[1], mirrored, atol=1e-6)
-        assert not torch.allclose(pairs.z_i[0], mirrored, atol=1e-3)        # control
-    for i, row, _ in zip(*pairs.draw(50, generator())):
-        caption = pairs.texts[row]
-        assert torch.allclose(pairs.z_t[row], clip.encode_text(clip.tokenizer([caption]))[0],
-                              atol=1e-6)
+def each(images):
+    return {image.numpy().tobytes() for image in images}
 
 
 @torch.no_grad()
-def test_a_mirrored_picture_comes_with_its_own_embedding(embedded):
-    d, clip, pairs = embedded
-    i, _, mirrored = pairs.draw(100, generator())
-    x = pairs.pictures(i, mirrored)
-    assert 0 < mirrored.float().mean() < 1 if d.flips else not mirrored.any()
-    assert torch.allclose(pairs.z_i[mirrored.long(), i], clip.encode_image(x), atol=1e-6)
+def test_a_batch_is_what_clip_says_of_its_pictures_and_captions(pairs):
+    d, clip, pairs = pairs
+    b, again, other = (pairs.draw(60, seeded(seed)) for seed in (0, 0, 1))
+    z_i, z_t = clip.encode_image(b.x), clip.encode_text(b.tokens)
+    assert torch.allclose(b.z_i, clip.whiten(z_i), atol=1e-4)
+    assert torch.allclose(b.z_t, z_t, atol=1e-5)
+    assert torch.allclose(b.dot, (z_i * z_t).sum(1), atol=1e-5)
+    assert same_bits(vars(b), vars(again)) and not torch.equal(b.x, other.x)
+    plain, mirrored = each(to_float(d.images)), each(to_float(d.images.flip(3)))
+    assert each(b.x) <= plain | mirrored and bool(each(b.x) & mirrored) == d.flips
 
 
-def test_a_clip_in_training_is_not_used_for_embeddings():
-    d = pictures(2)
-    clip = a_clip(d.captions[0]).train()
-    with pytest.raises(AssertionError):
-        train.Pairs(d, clip.tokenizer, "cpu").embed(clip)
-
-
-def test_an_item_is_drawn_with_its_own_captions_alike_often(embedded):
-    d, _, pairs = embedded
-    i, row, mirrored = pairs.draw(20000, generator())
-    drawn = Counter(zip(i.tolist(), (pairs.texts[r] for r in row.tolist())))
-    assert drawn.keys() == {(k, c) for k, captions in enumerate(d.captions) for c in captions}
-    for (k, caption), n in drawn.items():
-        assert n / 1000 * len(d.captions[k]) == pytest.approx(1, abs=0.3)
-    assert mirrored.float().mean() == pytest.approx(0.5 * d.flips, abs=0.02)
-
-
-def test_drawing_is_a_function_of_the_generator(embedded):
-    pairs = embedded[2]
-    a, b, c = (pairs.draw(30, generator(seed)) for seed in (0, 0, 1))
-    assert all(map(torch.equal, a, b)) and not torch.equal(a[0], c[0])
-
-
-def test_shifting_by_nothing_is_the_identity():
-    x = torch.randn(5, 3, 12, 10)
-    assert torch.equal(train.shifted(x, generator(), most=0), x)
+def test_a_picture_is_drawn_with_its_own_captions_alike_often(pairs):
+    d, clip, _ = pairs
+    images = d.images[:, :, :1, :1].clone()
+    images[:, 0, 0, 0] = torch.arange(20)                                # so that one pixel tells
+    pairs = train.Pairs(replace(d, images=images), clip.tokenizer, None, "cpu")
+    b = pairs.draw(20_000, seeded())
+    told = {tuple(row.tolist()): text for text, row in zip(pairs.texts, pairs.tokens)}
+    drawn = Counter(zip(((b.x[:, 0, 0, 0] + 1) * 127.5).round().long().tolist(),
+                        (told[tuple(row)] for row in b.tokens.tolist())))
+    assert drawn.keys() == {(i, y) for i, ys in enumerate(d.captions) for y in ys}
+    for (i, _), n in drawn.items():
+        assert n / 1000 * len(d.captions[i]) == pytest.approx(1, abs=0.3)
 
 
 def test_shifting_moves_each_picture_on_its_own_and_repeats_the_border():
     x = torch.arange(12.).view(12, 1) * 100 + torch.arange(10.)          # row and column, readable
-    y = train.shifted(x.expand(200, 3, 12, 10), generator(), most=4)
-    assert y.shape == (200, 3, 12, 10) and torch.equal(y[:, 0], y[:, 2])
-    middle = y[:, 0, 6, 5].long()
-    dy, dx = middle // 100 - 6, middle % 100 - 5
+    y = train.shifted(x.expand(200, 3, 12, 10), seeded(), most=4)
+    dy, dx = y[:, 0, 6, 5].long() // 100 - 6, y[:, 0, 6, 5].long() % 100 - 5
     assert dy.unique().tolist() == dx.unique().tolist() == list(range(-4, 5))
     assert len({*zip(dy.tolist(), dx.tolist())}) > 60                    # not along a diagonal
     for k in range(20):
         rows = (torch.arange(12) + dy[k]).clamp(0, 11)
         columns = (torch.arange(10) + dx[k]).clamp(0, 9)
-        assert torch.equal(y[k, 0], x[rows][:, columns])
+        assert torch.equal(y[k], x[rows][:, columns].expand(3, 12, 10))
 
 
-def test_only_clip_sees_shifted_pictures_and_only_in_training(monkeypatch, embedded):
-    d, clip, pairs = embedded
-    calls = []
-    monkeypatch.setattr(train, "shifted", lambda x, _: calls.append(1) or x)
-    stage = SimpleNamespace()
-    train.ClipStage.loss(stage, clip, pairs, 4, generator())
-    assert not calls
-    train.ClipStage.loss(stage, copy.deepcopy(clip).train(), pairs, 4, generator())
-    assert len(calls) == d.flips
+def test_only_clip_learns_on_shifted_pictures_and_only_where_these_may_be_mirrored(monkeypatch):
+    for flips in (True, False):
+        monkeypatch.setattr(train.data, "load", lambda *_: replace(coloured(20, 0), flips=flips))
+        for stage, shift in (("clip", flips), ("upsampler", False)):
+            sets = train.load_pairs(run_of(stage, "--out", "nowhere"))
+            assert [pairs.shift for pairs in sets] == [shift, False]
 
 
-# ---- Data of one's own ---------------------------------------------------------------------------
+# ---- What a user types ---------------------------------------------------------------------------
 
-@pytest.fixture
-def own(tmp_path):
-    """A folder of 30 pictures, two of them for validation, each with one very long caption."""
-    folder = tmp_path / "own"
-    folder.mkdir()
-    with open(folder / "metadata.jsonl", "w", encoding="utf-8") as file:
-        for i, image in enumerate(pictures(30).images):
-            data.write_png(folder / f"{i}.png", image)
+def test_few_pictures_of_one_s_own_with_long_captions_train_every_stage(call, tmp_path, unseen):
+    (tmp_path / "own").mkdir()
+    with open(tmp_path / "own" / "metadata.jsonl", "w", encoding="utf-8") as file:
+        for i, image in enumerate(torch.randint(0, 256, (30, 3, 32, 32), dtype=torch.uint8)):
+            write_png(tmp_path / "own" / f"{i}.png", image)
             words = " ".join(f"{w}{i}é" for w in "abcdefghijklmnopqrstuvwxyz" * 4)
             file.write(f'{{"file_name": "{i}.png", "text": "{words}"}}\n')
-    return folder
-
-
-def test_few_pictures_with_long_captions_train_every_stage(call, own):
-    status, err = call("--data", "folder", "--data-dir", own, "--out", "run", steps=1)
-    assert status == 0, err
-    argv = ["--data", "folder", "--data-dir", own, "--out", "run", "--restart"]
-    assert call(*argv, "--stage", "prior", steps=1)[0] == 0 and os.path.exists("run/prior.png")
-    assert load_part("run/clip.pt").config.context == 77
+    assert call("--data", "folder", "--data-dir", tmp_path / "own", "--out", "run", steps=1)[0] == 0
+    assert load_part("run/clip.pt").config.context == 77 and len(os.listdir("run")) == 15
 
 
 def test_cifar10_has_no_upsampler(call):
@@ -608,53 +647,54 @@ def test_cifar10_has_no_upsampler(call):
     assert status == 0 and len(err) == 1 and "left out" in err[0] and not os.path.exists("run")
 
 
-# ---- Faults --------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("argv, words", [
     (["--steps", "0"], ["--steps 0"]), (["--steps", "1.5"], ["--steps", "1.5"]),
-    (["--batch-size", "0"], ["--batch-size 0"]), (["--limit", "-3"], ["--limit -3"]),
-    (["--lr", "nan"], ["--lr nan"]), (["--lr", "0"], ["--lr 0"]), (["--lr", "inf"], ["--lr inf"]),
-    (["--seed", "-1"], ["--seed -1"]), (["--seed", str(2**64)], [f"--seed {2**64}"]),
-    (["--device", "abacus"], ["--device abacus", "cpu"]),
-    (["--device", "meta"], ["--device meta", "cpu"]),
-    (["--stage", "judge"], ["--stage", "judge", "decoder"]),
+    (["--batch-size", "0"], ["--batch-size 0"]), (["--batch-size", "1"], ["--batch-size 1", "2"]),
+    (["--stage", "clip", "--batch-size", "1"], ["--batch-size 1", "2"]),
+    (["--limit", "-3"], ["--limit -3"]), (["--lr", "nan"], ["--lr nan"]), (["--lr", "0"], ["--lr"]),
+    (["--lr", "inf"], ["--lr inf"]), (["--lr", "1e10"], ["--lr 1"]), (["--seed", "-1"], ["--seed"]),
+    (["--seed", str(2**64)], [f"--seed {2**64}"]), (["--device", "abacus"], ["abacus", "cpu"]),
+    (["--device", "meta"], ["--device meta", "cpu"]), (["--stage", "judge"], ["judge", "decoder"]),
     (["--size", "huge"], ["--size", "huge", "base"]), (["--data", "faces"], ["--data", "faces"]),
-    (["--colour", "red"], ["--colour"]), (["--data", "coco"], ["--data coco", "--data-dir"]),
-    (["--data", "folder"], ["--data folder", "--data-dir"]),
-    (["--data", "folder", "--data-dir", "nowhere"], ["--data-dir nowhere"]),
-    (["--data", "coco", "--data-dir", "nowhere"], ["--data-dir nowhere"]),
-    (["--data", "cifar10", "--data-dir", "nowhere"], ["nowhere"]),
-    (["--stage", "decoder", "--init", "nowhere"], ["--init nowhere"]),
-    (["--stage", "clip", "--init", "."], ["clip.pt", "--init"]),
-    (["--out", "file"], ["--out file"]), (["--out", "file/below"], ["--out file/below"])])
-def test_faults(call, argv, words):
+    (["--colour", "red"], ["--colour"]), (["--step", "3"], ["--step"]),
+    (["--stage", "decoder", "--init", "nowhere"], ["nowhere"]), (["--init", "."], ["--stage"]),
+    (["--stage", "clip", "--init", "."], ["clip.pt"]), (["--out", "file"], ["--out file"]),
+    (["--out", "file/below"], ["--out file/below"]), (["--out", "logs"], ["logs/clip.csv"]),
+    (["--stage", "prior"], ["run/clip.pt", "--stage clip"]),
+    (["--stage", "decoder", "--size", "base"], ["run/clip.pt", "--stage clip", "--size base"])])
+def test_what_can_be_told_at_once_is_one_line_before_any_work(call, monkeypatch, argv, words):
     open("file", "w").close()
+    os.makedirs("logs/clip.csv")
+    monkeypatch.setattr(train.data, "load", None)
     status, err = call("--out", "run", *argv)
-    assert status == 2 and len(err) == 1, err
-    assert all(word in err[0] for word in words), err
-    assert not os.path.isdir("run") or not os.listdir("run")
+    assert status == 2 and len(err) == 1 and all(word in err[0] for word in words), err
+    assert sorted(os.listdir()) == ["file", "logs"] and os.listdir("logs") == ["clip.csv"]
 
 
-def test_a_damaged_clip_is_refused(call, copied):
+@pytest.mark.parametrize("argv, word", [
+    (["coco"], "--data-dir"), (["folder"], "--data-dir"), (["coco", "--data-dir", "wrong"], "wrong"),
+    (["folder", "--data-dir", "wrong"], "wrong"), (["cifar10", "--data-dir", "wrong"], "wrong")])
+def test_data_that_are_not_there_are_one_line_and_leave_nothing_behind(call, argv, word):
+    status, err = call("--out", "run", "--data", *argv)
+    assert status == 2 and len(err) == 1 and word in err[0] and not os.listdir(), err
+
+
+def test_what_does_not_fit_its_clip_is_refused(call, copied):
+    argv = ["--out", copied, "--restart", "--stage"]
+    status, err = call(*argv, "prior", "--size", "base")
+    assert status == 2 and len(err) == 1 and "32" in err[0] and "--stage clip" in err[0]
+    status, err = call(*argv, "ar-prior", limit=7)
+    assert status == 2 and "7 pictures" in err[-1] and "--limit" in err[-1]
     os.truncate(copied / "clip.pt", 5000)
-    status, err = call("--stage", "prior", "--out", copied, "--restart")
+    status, err = call(*argv, "prior")
     assert status == 2 and len(err) == 1 and "clip.pt" in err[0]
 
 
-def test_a_loss_that_is_no_number_is_told_and_nothing_is_saved(call, copied, monkeypatch):
-    nan = lambda *_: torch.tensor(float("nan"), requires_grad=True)
-    monkeypatch.setattr(train.DecoderStage, "loss", nan)
-    before = (copied / "decoder.pt").read_bytes()
-    status, err = call("--stage", "decoder", "--out", copied, "--restart")
-    assert status == 2 and "nan" in err[-1] and "--lr" in err[-1]
-    assert (copied / "decoder.pt").read_bytes() == before
-
-
-def test_help(capsys):
+def test_help_names_every_flag(capsys):
     with pytest.raises(SystemExit) as done:
         train.main(["--help"])
     out, err = capsys.readouterr()
     assert done.value.code == 0 and err == ""
-    for flag in ("--stage", "--data", "--data-dir", "--limit", "--size", "--steps", "--batch-size",
-                 "--lr", "--seed", "--device", "--out", "--init", "--restart", "default: shapes"):
-        assert flag in out, flag
+    for flag in ("stage", "data", "data-dir", "limit", "size", "steps", "batch-size", "lr", "seed",
+                 "device", "out", "init", "restart"):
+        assert f"--{flag}" in out, flag
