@@ -1,230 +1,252 @@
-"""How it is used. Prompts become pictures, and given pictures become others.
+"""How it is used: prompts become pictures, and given pictures become others.
 
     python sample.py "a red cube" "a green cone on top of a blue cylinder" --n 8
+    python sample.py "a red cube" --show         # and steps.png: how the first one came about
     python sample.py --edit cube.png --to "a blue cube" --from "a red cube"
 
-It all happens in unclip.py; here are the flags, the files and the manners: what can be wrong with a
-command is found before anything is drawn or written, and told in one line. Paths go to stdout,
-everything else to stderr.
-
-Next chapter: evaluate.py.
+What is wrong with a command is found before anything is written. Pictures are written as they are
+drawn. Paths go to stdout, everything else to stderr. Next chapter: shapes.py.
 """
 
-import argparse
 import math
 import os
 import shutil
 import sys
-import tempfile
+from inspect import signature
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")      # before torch: idle threads must not spin
 
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from data import grid, read_image, to_float, to_uint8, write_png
-from unclip import SHIPPED, UnCLIP
+from checkpoints import SHIPPED, Parser, check_out, find_device, run_command, say
+from data import load, read_image
+from decoder import Decoder
+from shapes import picture_grid, to_float, to_uint8, write_png
+from unclip import UnCLIP
 
 BATCH = 4                                    # pictures drawn at a time
+MOST, IN_GRID = 10_000, 1_000                # pictures of one command, and in its grid.png
+DEFAULT = {name: option.default for name, option in signature(Decoder.sample).parameters.items()}
 # Of each task: how many pictures it makes, the fewest it can make, and the flags that it ignores.
 TASKS = {"prompts": (4, 1, ["to", "from", "fixed_noise"]),
-         "reconstruct": (1, 1, ["to", "from", "fixed_noise", "prior", "eta"]),
-         "vary": (8, 1, ["to", "from", "fixed_noise", "prior"]),
-         "interpolate": (7, 2, ["to", "from", "prior", "eta"]),
-         "edit": (7, 2, ["fixed_noise", "prior", "eta"])}
+         "reconstruct": (1, 1, ["n", "to", "from", "fixed_noise", "prior", "eta", "show"]),
+         "vary": (8, 1, ["to", "from", "fixed_noise", "prior", "show"]),
+         "interpolate": (7, 2, ["to", "from", "prior", "eta", "show"]),
+         "edit": (7, 2, ["fixed_noise", "prior", "eta", "show"])}
 
 
 def main(argv=None):
-    """The command line; returns the exit status: 0 done, 2 a user's error, 130 interrupted."""
-    try:
-        args = parse(argv)
-        unclip = UnCLIP.load(args.weights or SHIPPED / "shapes", find_device(args.device))
-        check(args, unclip)
-        side = unclip.decoder.config.image_size
-        inputs = [to_float(read_image(file, side))[None].to(unclip.device) for file in args.files]
-        warn(args, unclip)
-        draw(args, unclip, inputs)
-        return 0
-    except KeyboardInterrupt:
-        return 130
-    except (ValueError, OSError) as error:
-        say(f"sample.py: {error}")
-        return 2
+    """The command line; returns the exit status: 0 done, 2 a user's error, 130 stopped."""
+    return run_command("sample.py", command, argv)
 
 
-def draw(args, unclip, inputs):
-    """Draw, save, show; inputs: the pictures given, float (1, 3, H, W)."""
-    steps = args.steps or unclip.decoder.config.steps
-    steps = len(args.prompts) * math.ceil(args.n / BATCH) * steps
-    with tqdm(total=steps or None, unit=" steps", leave=False, disable=None) as bar:
-        # None, or a hook replaces what it hooks on
-        unclip.decoder.register_forward_pre_hook(lambda *_: bar.update() and None)
-        if inputs:
-            base = manipulate(args, unclip, *inputs)
-            x = base if args.no_upsample else unclip.upsample(base, args.seed)
-        else:
-            x = unclip.generate(args.prompts, args.n, args.seed, args.prior or "diffusion",
-                                args.guidance, args.steps, args.eta, not args.no_upsample, BATCH)
-    if args.task == "reconstruct":
-        mse = (to_uint8(inputs[0]).float() - to_uint8(base).float()).square().mean()
-        say(f"PSNR at {base.shape[-1]} pixels: {10 * torch.log10(255**2 / mse):.1f} dB")
-    pictures = to_uint8(x).cpu()
-    given = [read_image(file, pictures.shape[-1])[None] for file in args.files]
-    sheet = torch.cat([*given[:1], pictures, *given[1:]])        # A, the pictures from A to B, B
+def command(argv):
+    args = parse(argv)
+    task, ignored = understand(args)
+    check_numbers(args)
+    check_out(Path(args.out))
+    unclip = UnCLIP.load(args.weights, find_device(args.device))
+    side = unclip.part("decoder").config.image_size
+    given = [to_float(read_image(file, side))[None].to(unclip.device) for file in args.files]
+    check_captions(args, unclip, ignored)
+    write(args, from_pictures(task, args, unclip, *given) if given else from_prompts(args, unclip))
+    if args.show:
+        write_steps(args, unclip)
+
+
+# ---- Drawing -------------------------------------------------------------------------------------
+
+def from_prompts(args, unclip):
+    """Yield (place, picture) as pictures are drawn, the same bits as UnCLIP.generate's."""
+    for tokens, rows, places in unclip.batches(args.prompts, args.n, BATCH):
+        z_i = unclip.draw_z_i(tokens, args.seed, rows, args.prior or "diffusion")
+        x = unclip.draw_x(z_i, tokens, args.seed, rows, **args.how)
+        x = x if args.no_upsample else unclip.upsample(x, args.seed, rows)
+        yield from dict(zip(places, to_uint8(x).cpu())).items()      # a place may occur twice
+
+
+def from_pictures(task, args, unclip, x, x_b=None):
+    """Yield (place, picture) of what the task makes of one or two pictures (1, 3, H, W)."""
+    if task == "vary":
+        made = unclip.vary(x, args.n, seed=args.seed, **args.how)
+    elif task == "interpolate":
+        made = unclip.interpolate(x, x_b, args.n, args.fixed_noise, args.seed, **args.how)
+    elif task == "edit":
+        made = unclip.edit(x, *args.captions, args.n, **args.how)
+    else:
+        made = unclip.reconstruct(x, **args.how)
+        mse = F.mse_loss(to_uint8(made).float(), to_uint8(x).float())
+        say(f"PSNR at {x.shape[-1]} pixels: {10 * torch.log10(255 ** 2 / mse):.1f} dB")
+    # Frames share the upsampler's noise, or they would flicker. Only variations have their own.
+    apart = task == "vary" and args.eta != 0
+    for first in range(0, args.n, BATCH):
+        some = made[first:first + BATCH]
+        rows = [first + k if apart else 0 for k in range(len(some))]
+        some = some if args.no_upsample else unclip.upsample(some, args.seed, rows)
+        yield from enumerate(to_uint8(some).cpu(), first)
+
+
+def write(args, drawn):
+    """Write OUT/000.png … one by one, then OUT/grid.png; print the paths, and show some."""
+    out, total, kept = Path(args.out), args.n * max(1, len(args.prompts)), {}
+    for place, picture in tqdm(drawn, total=total, unit=" pictures", leave=False, disable=None):
+        write_png(out / f"{place:03d}.png", picture)
+        if place < IN_GRID:
+            kept[place] = picture
+    given = [read_image(file, picture.shape[-1]) for file in args.files]
+    sheet = torch.stack([*given[:1], *(kept[k] for k in sorted(kept)), *given[1:]])   # A … B
     columns = len(sheet) if given else args.n
-    save(Path(args.out), pictures, grid(sheet, columns))
+    write_png(out / "grid.png", picture_grid(sheet, min(columns, len(sheet))))
+    paths = [*(out / f"{place:03d}.png" for place in range(total)), out / "grid.png"]
+    print("\n".join(map(str, paths)))
+    if total > IN_GRID:
+        say(f"note: grid.png shows the first {IN_GRID} of {total} pictures")
+    if older := {path for path in out.glob("*.png") if path.stem.isdecimal()} - set(paths):
+        say(f"note: {out} still holds pictures of an earlier run, as {min(older).name}")
     preview(sheet[:columns])
 
 
-def manipulate(args, unclip, x, x_b=None):
-    """The task's pictures (n, 3, H, W), at the decoder's size, from one or two (1, 3, H, W)."""
-    how = {"steps": args.steps, "guidance": args.guidance}
-    how = {key: value for key, value in how.items() if value is not None}
-    if args.task == "vary":
-        return unclip.vary(x, args.n, 1.0 if args.eta is None else args.eta, args.seed, **how)
-    if args.task == "interpolate":
-        return unclip.interpolate(x, x_b, args.n, args.fixed_noise, args.seed, **how)
-    if args.task == "edit":
-        return unclip.edit(x, *args.captions, args.n, **how)
-    return unclip.reconstruct(x, **how)
+# ---- What happens on the way ---------------------------------------------------------------------
 
-
-def save(out, pictures, sheet):
-    """Write OUT/000.png … and OUT/grid.png, and print their paths."""
-    paths = [out / f"{i:03d}.png" for i in range(len(pictures))] + [out / "grid.png"]
-    for path, picture in zip(paths, [*pictures, sheet]):
-        write_png(path, picture)
-    print("\n".join(map(str, paths)))
-    if older := {path for path in out.glob("*.png") if path.stem.isdecimal()} - set(paths):
-        say(f"note: {out} still holds pictures of an earlier run, as {min(older).name}")
+def write_steps(args, unclip):
+    """Draw the first picture again, and write OUT/steps.png: what each part does for it."""
+    tokens, rows, _ = next(unclip.batches(args.prompts[:1], 1, BATCH))
+    z_i, moments = unclip.draw_z_i(tokens, args.seed, rows, args.prior or "diffusion"), []
+    x = unclip.draw_x(z_i, tokens, args.seed, rows, **args.how, trace=lambda t, x_t, x_0:
+                      moments.append((f"t = {t}", to_uint8(x_t)[0], to_uint8(x_0)[0])))
+    names, x_t, x_0 = zip(*(moments[round(k * (len(moments) - 1) / 7)] for k in range(8)))
+    large = x if args.no_upsample else unclip.upsample(x, args.seed, rows)
+    results = [x] if large is x else [x, large]
+    strips = [(f'The decoder draws "{args.prompts[0]:.60}". It starts from noise, x_t:', x_t, names),
+              ("What it takes for x_0 at these times:", x_0, names),
+              ("The result:", [to_uint8(a)[0] for a in results],
+               [f"{a.shape[-1]} pixels" for a in results])]
+    if z_i is not None and unclip.clip.trained["data"] == "shapes":
+        known = load("shapes", "train", limit=2000).images
+        near = torch.cat([unclip.clip.encode_image(to_float(some).to(unclip.device)) @ z_i[0]
+                          for some in known.split(250)]).topk(4)
+        strips.insert(0, ("The prior drew z_i. Of 2,000 training pictures, these are nearest to it:",
+                          known[near.indices.cpu()], [f"z·z_i = {dot:.2f}" for dot in near.values]))
+    sheet = Image.new("RGB", (800, 152 * len(strips) + 161), "white")
+    pen, y = ImageDraw.Draw(sheet), 6
+    for title, pictures, names in strips:
+        pen.text((4, y), title, "black", font_size=15)
+        side = 256 if len(pictures) < 3 else 95
+        for k, (picture, name) in enumerate(zip(pictures, names)):
+            image = Image.fromarray(picture.permute(1, 2, 0).cpu().numpy())
+            sheet.paste(image.resize((side, side), Image.Resampling.NEAREST),
+                        (4 + k * (side + 4), y + 22))
+            pen.text((4 + k * (side + 4), y + side + 24), name, "black", font_size=13)
+        y += side + 57
+    sheet.save(Path(args.out) / "steps.png")
+    print(Path(args.out) / "steps.png")
 
 
 # ---- The command ---------------------------------------------------------------------------------
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):                # argparse itself would print its usage, and leave
-        raise ValueError(f"{message}; see --help")
-
-
 def parse(argv):
-    parser = Parser(prog="sample.py", allow_abbrev=False,
+    parser = Parser(prog="sample.py",
                     description="Draw pictures of prompts, or make others of given pictures.")
     add = parser.add_argument
     add("prompts", nargs="*", metavar="PROMPT", help='what to draw, as "a red cube"')
     add("--n", type=int, help="pictures a prompt (default: 4; to vary 8, to interpolate or edit 7)")
     add("--seed", type=int, default=0, help="of all that is random (default: %(default)s)")
     add("--guidance", type=float, metavar="S",
-        help="what z_i and caption weigh, 1: unguided (default: the weights' own; for pictures 1)")
-    add("--steps", type=int, help="of the decoder (default: the weights' own; for pictures 50)")
+        help=f"1: unguided (default: {DEFAULT['guidance']}; for pictures 1)")
+    add("--steps", type=int, help=f"of the decoder (default: {DEFAULT['steps']}; for pictures 50)")
     add("--eta", type=float, metavar="E",
-        help="fresh noise, from 0, DDIM, to 1, DDPM (default: the weights' own; to vary 1)")
+        help=f"fresh noise, from 0 to 1 (default: {DEFAULT['eta']}; for pictures 0, to vary 1)")
     add("--no-upsample", action="store_true", help="stop at the decoder's size")
     add("--prior", choices=["diffusion", "ar", "text", "none"],
         help="text: z_t in place of z_i; none: the caption alone (default: diffusion)")
-    add("--weights", metavar="DIR", help="default: weights/shapes, which come with the code")
+    add("--weights", metavar="DIR", default=SHIPPED / "shapes",
+        help="default: weights/shapes, which come with the code")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-        help="cpu or cuda (default: %(default)s)")
+        help="cpu, cuda or mps (default: %(default)s)")
+    add("--show", action="store_true", default=None,
+        help="write steps.png too: how the first one came about")
     add("--out", metavar="DIR", default="samples",
-        help="gets 000.png, 001.png, ..., and grid.png, all in one (default: %(default)s)")
+        help="gets 000.png, 001.png, ..., and grid.png (default: %(default)s)")
     group = parser.add_argument_group("with pictures, instead of prompts")
     add = group.add_mutually_exclusive_group().add_argument
-    add("--reconstruct", metavar="IMG", help="from its latents; prints the PSNR")
-    add("--vary", metavar="IMG", help="others with the same z_i")
+    add("--reconstruct", nargs=1, metavar="IMG", help="from its latents; prints the PSNR")
+    add("--vary", nargs=1, metavar="IMG", help="others with the same z_i")
     add("--interpolate", nargs=2, metavar=("A", "B"), help="from one to the other")
-    add("--edit", metavar="IMG", help="towards a caption")
+    add("--edit", nargs=1, metavar="IMG", help="towards a caption")
     group.add_argument("--to", metavar="Y", help="that caption")
     group.add_argument("--from", metavar="Y0", help='the present one (default: "a photo")')
-    group.add_argument("--fixed-noise", action="store_true", help="interpolate z_i alone")
-    args = parser.parse_intermixed_args(argv)
-    tasks = [task for task in TASKS if getattr(args, task) not in (None, [])]
+    group.add_argument("--fixed-noise", action="store_true", default=None,
+                       help="interpolate z_i alone")
+    return parser.parse_intermixed_args(argv)
+
+
+def understand(args):
+    """Complete the arguments → the task, and the flags that were given but play no part in it."""
+    tasks = [task for task in TASKS if getattr(args, task)]
     if not tasks:
         raise ValueError('nothing to draw; try: python sample.py "a red cube"')
     if len(tasks) > 1:
         raise ValueError(f'--{tasks[1]} and the prompt "{args.prompts[0]}": choose one of the two')
-    args.task = tasks[0]
-    if args.task == "edit" and args.to is None:
+    task, base = tasks[0], getattr(args, "from")
+    if task == "edit" and args.to is None:
         raise ValueError('--edit: say towards what, as in --to "a blue cube"')
-    given, base = getattr(args, args.task), getattr(args, "from")
-    args.files = [] if given is args.prompts else [given] if isinstance(given, str) else given
+    ignored = [key for key in TASKS[task][2] if getattr(args, key) is not None]
+    vars(args).update(dict.fromkeys(ignored))
+    args.n = TASKS[task][0] if args.n is None else args.n
+    args.files = [] if args.prompts else getattr(args, task)
     args.captions = [args.to, "a photo" if base is None else base] if args.edit else args.prompts
-    return args
+    args.how = {key: value for key in ("guidance", "steps", "eta")
+                if (value := getattr(args, key)) is not None}
+    return task, ignored
 
 
-def find_device(name):
-    """The device of this name, or a clear message."""
-    if name == "mps":                        # it lacks the float64 that slerp needs
-        say("note: --device mps is not supported, drawing on the cpu")
-        return "cpu"
-    try:
-        torch.zeros(1, device=name).cpu()
-    except (RuntimeError, AssertionError):
-        raise ValueError(f"--device {name}: not to be had here; try --device cpu") from None
-    return name
-
-
-def check(args, unclip):
-    """Find what is wrong before anything is drawn; fill in the number of pictures."""
-    (n, fewest, _), T = TASKS[args.task], unclip.part("decoder").diffusion.T
-    for key, least, most in (("n", fewest, math.inf), ("seed", 0, math.inf), ("steps", 1, T),
-                             ("eta", 0, 1), ("guidance", -100, 100)):
+def check_numbers(args):
+    fewest = 2 if args.interpolate or args.edit else 1
+    most = max(1, MOST // max(1, len(args.prompts)))
+    for key, least, most in (("n", fewest, most), ("seed", 0, math.inf), ("eta", 0, 1),
+                             ("steps", 2 if args.files else 1, 1000),     # one inverts nothing
+                             ("guidance", -100, 100)):
         value = getattr(args, key)
-        if value is not None and not least <= value <= most:                       # nor is nan
+        if value is not None and not least <= value <= most:              # nor is nan
             choices = f"from {least} to {most}" if most < math.inf else f"{least} or more"
             raise ValueError(f"--{key} {value}: choose {choices}")
-    out = Path(args.out)
-    try:                                     # would a file go there, or where the folder will be?
-        nearest = next(folder for folder in (out, *out.parents) if os.path.lexists(folder))
-        tempfile.TemporaryFile(dir=nearest).close()
-    except OSError as error:
-        raise OSError(f"--out {out}: can't be written ({error.strerror}); choose another") from None
-    if args.captions:
-        tokens = unclip.clip.tokenizer(args.captions)
-        if args.task == "edit" and tokens[0].equal(tokens[1]):
-            raise ValueError(f'--to "{args.to}": that is what it is edited from; choose another')
-    if args.task == "reconstruct" and args.n not in (None, 1):
-        say("note: --n plays no part here")
-        args.n = 1
-    args.n = n if args.n is None else args.n
 
 
-def warn(args, unclip):
-    """Tell of what may not be meant as it is understood."""
+def check_captions(args, unclip, ignored):
+    """Refuse captions that can't be read; tell of what may not be meant as it is understood."""
+    tokens = unclip.clip.tokenizer(args.captions) if args.captions else []
+    if args.edit and tokens[0].equal(tokens[1]):
+        raise ValueError(f'--to "{args.to}": that is what it is edited from; choose another')
     for caption in dict.fromkeys(args.captions):
         if unknown := unclip.clip.tokenizer.unknown_words(caption):
             say(f'note: "{caption}" has words that training never saw: {", ".join(unknown)}')
-    for key in TASKS[args.task][2]:
-        if getattr(args, key) not in (None, False):
-            say(f"note: --{key.replace('_', '-')} plays no part here")
-    names = {f"{i:03d}.png" for i in range(args.n)} | {"grid.png"}
+    for key in ignored:
+        say(f"note: --{key.replace('_', '-')} plays no part here")
+    names = {f"{place:03d}.png" for place in range(args.n)} | {"grid.png"}
     for file in map(Path, args.files):
         if file.name in names and file.resolve().parent == Path(args.out).resolve():
             say(f"note: {file} is about to be overwritten; another --out would keep it")
-
-
-# ---- In the terminal -----------------------------------------------------------------------------
-
-def say(text):
-    """One line on stderr, whatever characters there are in a prompt or a path."""
-    line = " ".join(text.split())
-    print("".join(c if c.isprintable() else repr(c)[1:-1] for c in line), file=sys.stderr)
 
 
 def preview(pictures, side=32):
     """The first of the pictures, uint8 (N, 3, H, W): in colour on a terminal, or in characters."""
     room = max(1, (shutil.get_terminal_size().columns + 1) // (side + 1))
     small = F.pad(F.adaptive_avg_pool2d(pictures[:room].float(), side), (0, 1))
-    rgb = small.permute(2, 0, 3, 1).flatten(1, 2)[:, :-1]            # (side, width, 3)
+    rgb = small.permute(2, 0, 3, 1).flatten(1, 2)[:, :-1].unflatten(0, (-1, 2))   # (16, 2, w, 3)
     if sys.stderr.isatty() and "NO_COLOR" not in os.environ and os.getenv("TERM") != "dumb":
         code = 16 + (rgb / 51).round().int() @ torch.tensor([36, 6, 1], dtype=torch.int32)
         rows = ["".join(f"\033[38;5;{a};48;5;{b}m▀" for a, b in zip(*pair)) + "\033[0m"
-                for pair in code.unflatten(0, (-1, 2)).tolist()]     # two pixels in a character
+                for pair in code.tolist()]                           # two pixels in a character
     else:
-        grey = rgb.mean(2).unflatten(0, (-1, 2)).mean(1)
+        grey = rgb.mean(dim=(1, 3))
         grey = (grey - grey.min()) / (grey.max() - grey.min()).clamp(min=1)
         rows = ["".join(" .:-=+*#%@"[int(9 * level)] for level in row) for row in grey.tolist()]
     print("\n".join(rows), file=sys.stderr)
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="surrogateescape")                 # file names need not be text
     sys.exit(main())

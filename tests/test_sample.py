@@ -2,12 +2,14 @@
 
 The weights are tiny and untrained, except in the last test.
 """
+import math
 import os
-import pickle
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,25 +17,34 @@ import torch
 from PIL import Image
 
 import sample
+from checkpoints import SHIPPED, load_part, save_part
 from conftest import ROOT
-from data import CIFAR_CLASSES
-from evaluate import Classifier, read_judge
-from unclip import SHIPPED, UnCLIP, load_part, save_part
+from data import read_image
+from shapes import to_float, to_uint8
+from unclip import UnCLIP
 
 
 @pytest.fixture
 def type_in(tiny_weights, tmp_path, monkeypatch, capsys):
-    """Call sample.py in an empty folder → exit status, lines on stdout, lines on stderr."""
+    """Type a line for sample.py in an empty folder → exit status, lines on stdout, on stderr."""
     monkeypatch.chdir(tmp_path)
+    half_and_half("a.png", (20, 200)), half_and_half("b.png", (60, 48))
+    os.symlink(tiny_weights, "tiny")
 
-    def call(*argv, weights=tiny_weights, steps=2, upsample=False):
-        options = ["--no-upsample"] * (not upsample)
-        options += [] if weights is None else ["--weights", str(weights)]
-        options += [] if steps is None else ["--steps", str(steps)]
-        status = sample.main([*options, *map(str, argv)])
+    def call(line, quick=True):
+        argv = ["--weights", "tiny"] * ("--weights" not in line)
+        argv += ["--no-upsample"] * quick + ["--steps", "2"] * (quick and "--steps" not in line)
+        status = sample.main([*argv, *(shlex.split(line) if isinstance(line, str) else line)])
         out, err = capsys.readouterr()
         return status, out.splitlines(), err.splitlines()
     return call
+
+
+def half_and_half(path, size=(32, 32)):
+    """A file with a picture, red above and blue below."""
+    image = Image.new("RGB", size, (230, 20, 20))
+    image.paste((20, 20, 230), (0, size[1] // 2, *size))
+    image.save(path)
 
 
 def notes(err):
@@ -45,354 +56,291 @@ def array(path):
     return np.asarray(Image.open(path)).astype(int)
 
 
-def half_and_half(path, mode="RGB", size=(60, 48), **options):
-    """A file with a picture, red above and blue below."""
-    image = Image.new("RGB", size, (230, 20, 20))
-    image.paste((20, 20, 230), (0, size[1] // 2, *size))
-    image.convert(mode).save(path, **options)
-    return path
+def files(paths):
+    return [open(path, "rb").read() for path in paths]
 
 
-# ---- Prompts ------------------------------------------------------------------------------------
+# ---- Prompts -------------------------------------------------------------------------------------
 
-def test_files_and_paths(type_in):
-    status, out, err = type_in("a red cube", "a blue cone", "--n", 3, "--out", "some/where",
-                               upsample=True)
+def test_each_picture_is_a_file_and_the_grid_has_a_row_for_each_prompt(type_in):
+    status, out, err = type_in('"a red cube" "a blue cone" --n 3 --out some/where --steps 1', False)
     assert status == 0
     assert out == [f"some/where/{i:03d}.png" for i in range(6)] + ["some/where/grid.png"]
     assert sorted(os.listdir("some/where")) == sorted(os.path.basename(path) for path in out)
     sheet = array(out[-1])
-    assert sheet.shape == (2 * 130 - 2, 3 * 130 - 2, 3)           # a row a prompt, gaps of 2 pixels
+    assert sheet.shape == (2 * 130 - 2, 3 * 130 - 2, 3)           # 128 pixels, gaps of 2
     for k, path in enumerate(out[:-1]):
         top, left = k // 3 * 130, k % 3 * 130
         assert (sheet[top:top + 128, left:left + 128] == array(path)).all()
     assert notes(err) == [] and len(err) == 16                    # a preview, and nothing else
 
 
-def test_size(type_in, tiny_weights, tmp_path):
-    for part in ("clip", "prior", "decoder"):
-        model = load_part(tiny_weights / f"{part}.pt")
-        save_part(tmp_path / "w" / f"{part}.pt", part, model, {"data": "never shipped"})
-    for weights, upsample, side in ((tiny_weights, True, 128), (tiny_weights, False, 32),
-                                    (tmp_path / "w", True, 32)):
-        _, out, _ = type_in("a red cube", "--n", 1, weights=weights, upsample=upsample)
-        assert array(out[0]).shape == array(out[1]).shape == (side, side, 3)
+def test_files_hold_what_generate_draws_in_the_order_of_the_prompts(type_in, tiny_weights):
+    prompts = ["a large cone on top of a red cube", "a red cube"]
+    _, out, _ = type_in(["--n", "2", "--seed", "5", *prompts])
+    x = UnCLIP.load(tiny_weights).generate(prompts, n=2, seed=5, steps=2, upsample=False)
+    for path, picture in zip(out, to_uint8(x)):
+        assert (array(path) == picture.permute(1, 2, 0).numpy()).all()
 
 
-def files(paths):
-    return [open(path, "rb").read() for path in paths]
+def test_the_same_line_draws_the_same_bytes_and_every_option_matters(type_in):
+    one, again = (files(type_in(f'"a red cube" --n 2 --out {out}')[1]) for out in "ab")
+    assert one == again and len(set(one)) == 3
+    drawn = [files(type_in(f'"a red cube" --n 1 {options}')[1])[0] for options in
+             ("", "--seed 1", "--guidance 5", "--eta 0", "--steps 3", "--prior ar", "--prior text",
+              "--prior none")]
+    assert drawn[0] == one[0] and len(set(drawn)) == 8
+    assert files(type_in("a\\ red\\ cube --prior diffusion --n 1")[1])[0] == one[0]
 
 
-def test_same_seed_same_bytes(type_in):
-    again = [files(type_in("a red cube", "--n", 2, "--eta", eta, "--out", out)[1])
-             for eta in (0, 1) for out in ("a", "b")]
-    assert again[0] == again[1] and again[2] == again[3]
-    assert again[0][0] != again[2][0]                             # eta matters
-    for other in (["--seed", 1], ["--guidance", 5], ["--prior", "none"], ["--steps", 3]):
-        drawn = files(type_in("a red cube", "--n", 2, "--eta", 0, *other)[1])
-        assert drawn[0] != again[0][0], other
-    assert again[0][0] != again[0][1]
+def test_more_pictures_begin_with_the_fewer(type_in):
+    eight = files(type_in('"a red cube" --n 8 --out eight')[1])
+    for n in (1, 3, 5):
+        assert files(type_in(f'"a red cube" --n {n} --out {n}')[1])[:n] == eight[:n]
 
 
-def test_more_begin_with_the_fewer(type_in):
-    for options, upsample in (["--eta", 1], True), (["--prior", "ar"], False):
-        argv = ["a red cube", *options, "--out"]
-        four = files(type_in(*argv, "four", upsample=upsample)[1])
-        eight = files(type_in(*argv, "eight", "--n", 8, upsample=upsample)[1])
-        assert eight[:4] == four[:4] and len(set(eight)) == 9
+def test_flags_and_prompts_come_in_any_order(type_in):
+    status, out, _ = type_in('"a red cube" --n 2 "a cone" --seed 3 "a sphere"')
+    assert status == 0 and len(out) == 7
 
 
-def test_priors(type_in):
-    drawn = {prior: files(type_in("a red cube", "--n", 1, "--prior", prior)[1])[0]
-             for prior in ("diffusion", "ar", "text", "none")}
-    assert len(set(drawn.values())) == 4
-    assert files(type_in("a red cube", "--n", 1)[1])[0] == drawn["diffusion"]
-
-
-@pytest.mark.parametrize("prompt", [
-    "🟥🧊", "красный куб", "一个红色的立方体", "e\u0301 \x1b[31m\tné\n", "\udcff\ud800", "!?", "A RED CUBE",
-    "\u200b", " -red", "-a red cube", "%s {} \\ \"'"])
-def test_any_text_draws(type_in, prompt):
-    status, out, err = type_in(prompt, "--n", 1)
+@pytest.mark.parametrize("prompt", ["🟥🧊", "一个红色的立方体", "e\u0301 \x1b[31m\tné\n", "\udcff\ud800",
+                                    "!?", "\u200b", " -red", "%s {} \\ \"'"])
+def test_any_text_draws_and_is_told_in_printable_characters(type_in, prompt):
+    status, out, err = type_in([prompt, "--n", "1"])
     assert status == 0 and len(out) == 2, err
     assert all(line.isprintable() for line in err) and len(notes(err)) <= 1
 
 
-def test_unknown_words(type_in):
-    status, _, err = type_in("a red zebra and a wombat", "a red cube", "a gnu", "a gnu", "--n", 1)
-    assert status == 0 and len(notes(err)) == 2
+def test_words_that_training_never_saw_are_named_once_a_prompt(type_in):
+    _, _, err = type_in('"a red zebra and a wombat" "a red cube" "a gnu" "a gnu" --n 1')
+    assert len(notes(err)) == 2
     assert "zebra, and, wombat" in notes(err)[0] and "gnu" in notes(err)[1]
 
 
-def test_flags_and_prompts_in_any_order(type_in):
-    status, out, _ = type_in("a red cube", "--n", 2, "a cone", "--seed", 3, "a sphere")
-    assert status == 0 and len(out) == 7
+# ---- Pictures ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("line, n, given", [
+    ("--reconstruct a.png", 1, 1), ("--vary a.png", 8, 1), ("--vary a.png --n 3 --eta 0.5", 3, 1),
+    ("--interpolate a.png b.png", 7, 2), ("--interpolate a.png b.png --fixed-noise --n 2", 2, 2),
+    ('--edit a.png --to "a blue cube"', 7, 1),
+    ('--edit a.png --to "a cone" --from "a cube" --n 3', 3, 1)])
+def test_a_manipulation_writes_its_pictures_and_a_grid_that_begins_with_the_input(type_in, line, n,
+                                                                                  given):
+    status, out, err = type_in(line)
+    assert status == 0
+    assert out == [f"samples/{i:03d}.png" for i in range(n)] + ["samples/grid.png"]
+    sheet = array(out[-1])
+    assert sheet.shape == (32, (n + given) * 34 - 2, 3)
+    for file, left in (("a.png", 0), ("b.png", -32))[:given]:     # the input, and B at the end
+        assert (sheet[:, left:][:, :32].transpose(2, 0, 1) == read_image(file, 32).numpy()).all()
+    assert (sheet[:, 34:66] == array(out[0])).all()
+    assert len(notes(err)) == ("reconstruct" in line)             # its PSNR
 
 
-def test_flags_of_no_use_are_told(type_in):
-    status, _, err = type_in("a red cube", "--to", "a cone", "--fixed-noise")
-    assert status == 0 and len(notes(err)) == 2 and "--to" in err[0] and "--fixed-noise" in err[1]
+def test_frames_share_the_upsampler_s_noise_and_variations_do_not(type_in):
+    for line, different in (("--vary a.png --n 3 --eta 0", 1), ("--vary a.png --n 3", 3),
+                            ("--interpolate a.png a.png --n 3", 1)):
+        _, out, _ = type_in(f"{line} --steps 2", quick=False)
+        assert array(out[0]).shape == (128, 128, 3) and len(set(files(out[:-1]))) == different
 
 
-def test_earlier_pictures_stay_and_are_told(type_in):
-    type_in("a red cube", "--n", 6)
-    status, out, err = type_in("a red cube", "--n", 2)
-    assert status == 0 and len(os.listdir("samples")) == 7
-    assert len(notes(err)) == 1 and "002.png" in notes(err)[0]
+def test_the_psnr_is_that_of_the_files(type_in):
+    half_and_half("small.png")
+    _, out, err = type_in("--reconstruct small.png")
+    mse = ((array("small.png") - array(out[0])) ** 2).mean()
+    told = re.fullmatch(r"PSNR at 32 pixels: ([\d.]+) dB", notes(err)[0])
+    assert abs(float(told[1]) - 10 * math.log10(255 ** 2 / mse)) < 0.06
 
 
-def test_interrupted(type_in, monkeypatch):
-    def interrupt(*_, **__):
-        raise KeyboardInterrupt
-    monkeypatch.setattr(UnCLIP, "generate", interrupt)
-    assert type_in("a red cube") == (130, [], []) and not os.path.exists("samples")
+def test_pictures_are_unguided_unless_asked_and_vary_heeds_its_seed(type_in):
+    plain, one, five, other = (files(type_in(f"--vary a.png --n 2 {options}")[1])[:2] for options in
+                               ("", "--guidance 1", "--guidance 5", "--seed 1"))
+    assert plain == one and plain[0] not in (plain[1], five[0], other[0])
 
 
-def test_preview_in_colour(type_in, monkeypatch):
+# ---- Many pictures -------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("line", ['"a red cube" "a cone"', "--vary a.png",
+                                  "--interpolate a.png b.png", '--edit a.png --to "a cone"'])
+def test_at_most_four_pictures_are_drawn_at_once_however_many_are_asked_for(type_in, monkeypatch,
+                                                                            line):
+    rows, load = [], UnCLIP.load
+
+    def watched(*args):
+        unclip = load(*args)
+        unclip.part("decoder").register_forward_hook(lambda _, x, v: rows.append(len(v)))
+        return unclip
+    monkeypatch.setattr(UnCLIP, "load", watched)
+    assert type_in(f"{line} --n 9 --guidance 1")[0] == 0 and max(rows) == 4
+
+
+def test_pictures_are_written_as_they_come_and_ctrl_c_leaves_them(type_in, monkeypatch):
+    draw, calls = UnCLIP.draw_x, []
+
+    def stopped(*args, **how):
+        if calls:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return draw(*args, **how)
+    monkeypatch.setattr(UnCLIP, "draw_x", stopped)
+    status, out, err = type_in('"a red cube" --n 8')
+    assert (status, out, err) == (130, [], [])
+    assert sorted(os.listdir("samples")) == ["000.png", "001.png", "002.png", "003.png"]
+
+
+def test_a_grid_holds_the_first_thousand_pictures_and_says_so(type_in, monkeypatch):
+    monkeypatch.setattr(sample, "IN_GRID", 5)
+    _, out, err = type_in('"a red cube" "a cone" --n 4')
+    assert len(out) == 9 and array(out[-1]).shape == (2 * 34 - 2, 4 * 34 - 2, 3)
+    assert (array(out[-1])[34:, 34:] == 245).all() and "first 5 of 8" in notes(err)[0]
+
+
+# ---- What happens on the way, and the terminal ---------------------------------------------------
+
+def test_show_writes_the_way_from_the_nearest_renders_to_the_picture(type_in, tiny_weights,
+                                                                     monkeypatch):
+    images = torch.randint(256, (60, 3, 32, 32), dtype=torch.uint8)
+    monkeypatch.setattr(sample, "load", lambda *args, limit: SimpleNamespace(images=images))
+    status, out, _ = type_in('"a red cube" --n 1 --show --steps 9')
+    assert status == 0 and out[-1] == "samples/steps.png"
+    sheet = array(out[-1])
+    assert sheet.shape == (3 * 152 + 313, 800, 3)
+    unclip = UnCLIP.load(tiny_weights)
+    z_i = unclip.draw_z_i(unclip.clip.tokenizer(["a red cube"] * 4), 0, [0] * 4)[0]
+    nearest = images[(unclip.clip.encode_image(to_float(images)) @ z_i).argmax()]
+    corner = sheet[28:28 + 95, 4:4 + 95]                          # 32 pixels drawn on 95
+    assert (corner[1::3, 1::3][:31, :31] == nearest.permute(1, 2, 0).numpy()[:31, :31]).all()
+    final = sheet[3 * 152 + 28:][:256, 4:4 + 256][4::8, 4::8]
+    assert (final == array(out[0])).all()
+
+
+def test_without_show_nothing_is_rendered_and_other_data_have_no_renders(type_in, tiny_weights,
+                                                                         monkeypatch):
+    monkeypatch.setattr(sample, "load", None)
+    assert type_in('"a red cube" --n 1')[0] == 0
+    shutil.copytree(tiny_weights, "cifar")
+    clip = load_part("cifar/clip.pt")
+    save_part("cifar/clip.pt", "clip", clip, {"data": "cifar10"})
+    for line in ('a --n 1 --show --weights cifar', '"a red cube" --n 1 --show --prior none'):
+        status, out, _ = type_in(line)
+        assert status == 0 and out[-1] == "samples/steps.png"
+    status, out, err = type_in("--vary a.png --show --n 1")
+    assert status == 0 and len(out) == 2 and "--show plays no part" in notes(err)[0]
+
+
+def test_the_preview_is_in_colour_on_a_terminal(type_in, monkeypatch):
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "70")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    _, _, err = type_in("a red cube", steps=3)                    # with a progress bar, too
+    _, _, err = type_in('"a red cube"')                           # with a progress bar, too
     rows = [line for line in err if "▀" in line]
     assert len(rows) == 16 and {row.count("▀") for row in rows} == {65}     # two pictures and a gap
 
 
-# ---- Pictures -----------------------------------------------------------------------------------
-
-MANIPULATIONS = [(["--reconstruct", "a.png"], 1, 1), (["--vary", "a.png"], 8, 1),
-                 (["--vary", "a.png", "--n", 3, "--eta", 0.5], 3, 1),
-                 (["--interpolate", "a.png", "b.png"], 7, 2),
-                 (["--interpolate", "a.png", "b.png", "--fixed-noise", "--n", 2], 2, 2),
-                 (["--edit", "a.png", "--to", "a blue cube"], 7, 1),
-                 (["--edit", "a.png", "--to", "a cone", "--from", "a cube", "--n", 3], 3, 1)]
-
-
-@pytest.mark.parametrize("argv, n, given", MANIPULATIONS)
-def test_manipulations(type_in, argv, n, given):
-    half_and_half("a.png")
-    half_and_half("b.png", size=(20, 200))
-    status, out, err = type_in(*argv, upsample=True)
-    assert status == 0
-    assert out == [f"samples/{i:03d}.png" for i in range(n)] + ["samples/grid.png"]
-    assert all(array(path).shape == (128, 128, 3) for path in out[:-1])
-    sheet = array(out[-1])
-    assert sheet.shape == (128, (n + given) * 130 - 2, 3)
-    above, below = sheet[:60, :128].mean((0, 1)), sheet[68:, :128].mean((0, 1))      # the input
-    assert np.allclose(above, [230, 20, 20]) and np.allclose(below, [20, 20, 230])
-    assert (sheet[:, 130:258] == array(out[0])).all()
-    assert len(notes(err)) == (argv[0] == "--reconstruct")
-
-
-def test_overwriting_the_input_is_told(type_in):
+@pytest.mark.parametrize("line, words", [
+    ("--vary a.png --to x --prior ar --n 1", ["--to", "--prior"]),
+    ("--reconstruct a.png --n 5 --eta 0 --fixed-noise", ["--n", "--fixed-noise", "--eta"]),
+    ("cube --from x --n 1", ["--from"]), ("--vary a.png --out . --n 2", []),
+    ("--vary 000.png --out . --n 2", ["000.png is about to be overwritten"])])
+def test_flags_without_a_part_and_inputs_that_are_overwritten_are_told(type_in, line, words):
     half_and_half("000.png")
-    for out, told in ("a", 0), (".", 1), ("b", 0):
-        assert len(notes(type_in("--vary", "000.png", "--out", out)[2])) == told
+    status, _, err = type_in(line)
+    told = [note for note in notes(err) if "PSNR" not in note]
+    assert status == 0 and len(told) == len(words)
+    assert all(word in note for word, note in zip(words, told))
 
 
-def test_psnr(type_in):
-    half_and_half("a.png", size=(32, 32))
-    _, out, err = type_in("--reconstruct", "a.png")
-    mse = ((array("a.png") - array(out[0])) ** 2).mean()
-    told = re.fullmatch(r"PSNR at 32 pixels: ([\d.]+) dB", notes(err)[0])
-    assert abs(float(told[1]) - 10 * np.log10(255 ** 2 / mse)) < 0.06
+def test_pictures_of_an_earlier_run_are_told(type_in):
+    type_in('"a red cube" --n 3')
+    assert "earlier run, as 001.png" in notes(type_in('"a red cube" --n 1')[2])[0]
 
 
-def test_only_vary_is_random(type_in):
-    half_and_half("a.png")
-    a, b, c = (files(type_in("--vary", "a.png", "--seed", seed)[1]) for seed in (0, 1, 0))
-    assert len(set(a[:-1])) == 8 and a[0] != b[0] and a == c
-    still = files(type_in("--vary", "a.png", "--eta", 0)[1])
-    assert len(set(still[:-1])) == 1
-
-
-def test_guidance_of_manipulations(type_in):
-    half_and_half("a.png")
-    argv = ["--vary", "a.png", "--n", 1]
-    plain, one, five = (files(type_in(*argv, *more)[1])[0]
-                        for more in ([], ["--guidance", 1], ["--guidance", 5]))
-    assert plain == one != five
-
-
-@pytest.mark.parametrize("name, mode, options", [
-    ("a.jpg", "CMYK", {}), ("a.png", "P", {}), ("a.gif", "P", {}), ("a.png", "L", {}),
-    ("a.webp", "RGBA", {}), ("a.bmp", "1", {}), ("ü 🧊.tiff", "RGB", {})])
-def test_pictures_of_any_kind(type_in, name, mode, options):
-    half_and_half(name, mode, **options)
-    status, out, err = type_in("--vary", name, "--n", 1)
-    assert status == 0 and array(out[-1]).shape == (32, 66, 3), err
-
-
-def test_transparency_and_rotation(type_in):
-    Image.new("RGBA", (40, 40), (0, 0, 0, 0)).save("clear.png")
-    assert (array(type_in("--vary", "clear.png")[1][-1])[:, :32] == 255).all()
-    turned = Image.Exif()
-    turned[0x0112] = 3                                                                # upside down
-    half_and_half("turned.png", exif=turned)
-    above = array(type_in("--vary", "turned.png")[1][-1])[:14, :32]
-    assert np.allclose(above.mean((0, 1)), [20, 20, 230])
-
-
-# ---- Faults -------------------------------------------------------------------------------------
+# ---- Faults --------------------------------------------------------------------------------------
 
 def refused(answer, *words, out="samples"):
     """Status 2, one line that has these words, and nothing written."""
     status, paths, err = answer
     assert status == 2 and paths == [] and len(err) == 1, answer
-    for word in words:
-        assert str(word) in err[0], (word, err[0])
+    assert err[0].startswith("sample.py: ") and all(word in err[0] for word in words), (words, err)
     assert not os.path.isdir(out)
 
 
-@pytest.mark.parametrize("argv, words", [
-    ([], ['python sample.py "a red cube"']), ([""], ["empty"]), ([" \n\t"], ["empty"]),
-    (["a red cube", ""], ["empty"]), (["word " * 100], ["tokens", "shorten"]),
-    (["\n\x1b" * 100], ["tokens"]),
-    (["a cube", "--n", "0"], ["--n 0"]), (["a cube", "--n", "-1"], ["--n -1"]),
-    (["a cube", "--n", "two"], ["--n", "two"]), (["a cube", "--n", "1.5"], ["--n", "1.5"]),
-    (["a cube", "--steps", "0"], ["--steps 0", "1000"]),
-    (["a cube", "--steps", "1001"], ["--steps 1001", "1000"]),
-    (["a cube", "--guidance", "nan"], ["--guidance nan"]),
-    (["a cube", "--guidance", "inf"], ["--guidance inf"]),
-    (["a cube", "--guidance", "1e39"], ["--guidance 1e+39"]),
-    (["a cube", "--eta", "nan"], ["--eta nan"]), (["a cube", "--eta", "-0.1"], ["--eta -0.1"]),
-    (["a cube", "--eta", "1.1"], ["--eta 1.1"]),
-    (["a cube", "--seed", "-1"], ["--seed -1"]), (["a cube", "--seed", "x"], ["--seed", "x"]),
-    (["a cube", "--device", "abacus"], ["--device abacus", "cpu"]),
-    (["a cube", "--device", "meta"], ["--device meta"]),
-    (["a cube", "--device", "cuda:99"], ["--device cuda:99"]),
-    (["a cube", "--prior", "none of them"], ["--prior", "none of them", "diffusion"]),
-    (["a cube", "--colour", "red"], ["--colour"]), (["a cube", "--out"], ["--out"]),
-    (["a cube", "--vary", "a.png"], ["--vary", "a cube"]),
-    (["--vary", "a.png", "--reconstruct", "a.png"], ["--vary", "--reconstruct"]),
-    (["--interpolate", "a.png"], ["--interpolate"]),
-    (["--interpolate", "a.png", "a.png", "--n", "1"], ["--n 1"]),
-    (["--edit", "a.png"], ["--to"]), (["--edit", "a.png", "--to", ""], ["empty"]),
-    (["--edit", "a.png", "--to", "a cube", "--from", "A  cube"], ["--to", "a cube"]),
-    (["--to", "a cube"], ["python sample.py"]),
-    (["--vary", "nowhere.png"], ["nowhere.png"]), (["--vary", "text.png"], ["text.png"]),
-    (["--vary", "empty.png"], ["empty.png"]), (["--vary", "short.png"], ["short.png"]),
-    (["--vary", "."], ["."]), (["--interpolate", "a.png", "nowhere.png"], ["nowhere.png"]),
-    (["--vary", "no\nwhere\udcff"], ["where"])])
-def test_faults(type_in, argv, words):
-    half_and_half("a.png", size=(300, 300))
-    open("text.png", "w").write("not a picture")
-    open("empty.png", "w").close()
-    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
-    Image.fromarray(noise).save("short.png")
-    os.truncate("short.png", 5000)
-    refused(type_in(*argv, steps=None), *words)
+BAD = [("", 'try: python sample.py "a red cube"'), ('""', "empty", '"a red cube"'),
+       ("' \n\t'", "empty"), ('"a red cube" ""', "empty"), ("'" + "word " * 100 + "'", "shorten"),
+       ("cube --n 0", "--n 0", "from 1 to 10000"), ("cube --n -1", "--n -1", "from 1"),
+       ("cube --n two", "--n", "two"), ("cube --n 1.5", "--n", "1.5"),
+       ("cube --n 100000000", "--n 100000000", "from 1 to 10000"),
+       ("cube cone --n 5001", "--n 5001", "from 1 to 5000"),
+       ("--vary a.png --n 10001", "--n 10001", "10000"),
+       ("cube --steps 0", "--steps 0", "from 1 to 1000"), ("cube --steps 1001", "--steps 1001"),
+       ("--reconstruct a.png --steps 1", "--steps 1", "from 2 to 1000"),
+       ("--vary a.png --steps 1", "--steps 1", "from 2"),
+       ("cube --guidance nan", "--guidance nan", "100"), ("cube --guidance inf", "--guidance inf"),
+       ("cube --guidance 1e39", "--guidance 1e+39"), ("cube --eta nan", "--eta nan", "from 0 to 1"),
+       ("cube --eta -0.1", "--eta -0.1"), ("--vary a.png --eta 1.1", "--eta 1.1", "from 0 to 1"),
+       ("cube --seed -1", "--seed -1", "0 or more"), ("cube --seed x", "--seed", "x"),
+       ("cube --device abacus", "--device abacus", "cpu"), ("cube --device meta", "--device meta"),
+       ("cube --device cuda:99", "--device cuda:99", "cpu"),
+       ("cube --prior gan", "--prior", "gan", "diffusion"), ("cube --colour red", "--colour"),
+       ("cube --out", "--out"), ("cube --vary a.png", "--vary", "cube", "choose one"),
+       ("--vary a.png --reconstruct a.png", "--vary", "--reconstruct"),
+       ("--interpolate a.png", "--interpolate"), ("--interpolate a.png b.png --n 1", "--n 1", "2"),
+       ("--edit a.png", "--edit", "--to"), ('--edit a.png --to ""', "empty"),
+       ('--edit a.png --to "a cone" --from ""', "empty"),
+       ('--edit a.png --to "a cube" --from "A  cube"', '--to "a cube"', "choose another"),
+       ("--to cube", "python sample.py"), ("--vary nowhere.png", "nowhere.png"),
+       ("--vary text.png", "text.png"), ("--vary empty.png", "empty.png"), ("--vary .", "."),
+       ("--interpolate a.png nowhere.png", "nowhere.png"), ("cube --weights nowhere", "nowhere"),
+       ("cube --weights bare", "bare", "train.py"), ("cube --weights text.png", "text.png"),
+       ("cube --weights no_prior", "prior", "--stage prior"),
+       ("cube --weights no_ar_prior --prior ar", "ar prior", "--stage ar-prior"),
+       ("cube --weights no_decoder", "decoder", "--stage decoder"),
+       ("cube --weights broken", "broken/prior.pt"), ("cube --out text.png", "--out text.png"),
+       ("cube --out text.png/below", "--out text.png/below"), ("cube --out link", "--out link")]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="here is a GPU")
-def test_no_gpu(type_in):
-    refused(type_in("a cube", "--device", "cuda"), "--device cuda", "cpu")
+@pytest.mark.parametrize("line, words", [(line, words) for line, *words in BAD])
+def test_a_bad_command_line_ends_in_one_line_that_says_what_to_type(type_in, tiny_weights, line,
+                                                                     words, monkeypatch):
+    monkeypatch.setattr("checkpoints.SHIPPED", sample.Path("unshipped"))
+    open("text.png", "w").write("not a picture"), open("empty.png", "w").close()
+    os.symlink("nowhere", "link"), os.mkdir("bare")
+    if "--weights" in line:
+        for part in ("prior", "ar_prior", "decoder"):
+            shutil.copytree(tiny_weights, f"no_{part}", ignore=lambda *_: [f"{part}.pt"])
+        shutil.copytree(tiny_weights, "broken")
+        os.truncate("broken/prior.pt", 5000)
+    before = sorted(os.listdir())
+    refused(type_in(line, quick="--steps" not in line), *words)
+    assert sorted(os.listdir()) == before
 
 
-def test_out_cannot_be_written(type_in):
-    open("file", "w").close()
-    os.symlink("nowhere", "link")
-    for out in ("file", "file/below", "link"):
-        refused(type_in("a red cube", "--out", out), f"--out {out}", out=out)
-    os.mkdir("locked", 0o500)
-    if not os.access("locked", os.W_OK):                          # but root may write anywhere
-        refused(type_in("a red cube", "--out", "locked"), "--out locked", out="locked/samples")
+def test_help_tells_every_flag_and_the_defaults(capsys):
+    with pytest.raises(SystemExit) as done:
+        sample.main(["--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert done.value.code == 0 and "default: samples" in told and "default: 2.5" in told
+    for flag in "n seed guidance steps eta no-upsample prior weights device show out reconstruct " \
+                "vary interpolate edit to from fixed-noise".split():
+        assert f"--{flag}" in told, flag
 
 
-class Code:
-    """A pickle that runs a command when it is loaded."""
-    def __reduce__(self):
-        return os.mkdir, ("it_ran",)
+def test_a_console_without_the_characters_is_no_obstacle(type_in):
+    done = subprocess.run([sys.executable, ROOT / "sample.py", "🟥", "--weights", "tiny", "--n", "1",
+                           "--steps", "1", "--no-upsample", "--out", "é"], capture_output=True,
+                          env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0, done.stderr
+    assert os.listdir("é") and b"training never saw" in done.stderr
 
 
-def write_with_code(path):
-    torch.save({"format": 1, "part": path.stem, "config": Code()}, path)
-
-
-def write_pickle(path):
-    path.write_bytes(pickle.dumps(Code()))
-
-
-def belongs_to_another(path):
-    model = load_part(path)
-    model.clip_id = "another"
-    save_part(path, path.stem, model, model.trained)
-
-
-def of_another_shape(path):
-    checkpoint = torch.load(path)
-    checkpoint["config"]["width" if path.stem != "decoder" else "emb_width"] = 64
-    torch.save(checkpoint, path)
-
-
-def of_the_future(path):
-    torch.save({**torch.load(path), "format": 99}, path)
-
-
-@pytest.mark.parametrize("spoil, word", [
-    (write_with_code, "code"), (write_pickle, ""), (of_another_shape, "fit"),
-    (of_the_future, "99"), (belongs_to_another, "another CLIP"),
-    (lambda path: torch.save({"model": torch.zeros(3)}, path), "not a checkpoint"),
-    (lambda path: torch.save(torch.zeros(3), path), "not a checkpoint"),
-    (lambda path: path.write_text("hello\n"), ""), (lambda path: path.write_bytes(b""), "")])
-@pytest.mark.parametrize("part", ["clip", "decoder"])
-def test_weights_that_are_none(type_in, tiny_weights, tmp_path, part, spoil, word):
-    if part == "clip" and spoil is belongs_to_another:
-        part = "prior"                                            # a CLIP belongs to itself
-    shutil.copytree(tiny_weights, tmp_path / "w")
-    spoil(tmp_path / "w" / f"{part}.pt")
-    refused(type_in("a red cube", weights=tmp_path / "w"), f"{part}.pt", word)
-    assert not os.path.exists("it_ran")
-
-
-def test_weights_cut_short(type_in, tiny_weights, tmp_path):
-    shutil.copytree(tiny_weights, tmp_path / "w")
-    path = tmp_path / "w" / "decoder.pt"
-    size = path.stat().st_size
-    for length in (size - 1, size - 100, size * 9 // 10, size // 2, 5000, 100, 1):
-        os.truncate(path, length)
-        refused(type_in("a red cube", weights=tmp_path / "w"), "decoder.pt")
-
-
-def test_weights_that_are_missing(type_in, tiny_weights, tmp_path):
-    refused(type_in("a red cube", weights="nowhere"), "nowhere")
-    (tmp_path / "bare").mkdir()
-    refused(type_in("a red cube", weights="bare"), "bare")
-    for part, argv in (("prior", []), ("ar_prior", ["--prior", "ar"]), ("decoder", [])):
-        shutil.copytree(tiny_weights, tmp_path / f"no {part}")
-        (tmp_path / f"no {part}" / f"{part}.pt").unlink()
-        refused(type_in("a red cube", *argv, weights=f"no {part}"), part.replace("_p", " p"))
-    assert type_in("a red cube", "--prior", "text", weights="no prior")[0] == 0      # needs none
-
-
-# ---- As a process, and with the shipped weights -------------------------------------------------
-
-def test_help():
-    done = subprocess.run([sys.executable, ROOT / "sample.py", "--help"], capture_output=True,
-                          text=True)
-    assert done.returncode == 0 and done.stderr == ""
-    for flag in ("PROMPT", "--n", "--seed", "--guidance", "--steps", "--eta", "--no-upsample",
-                 "--prior", "--weights", "--device", "--out", "--reconstruct", "--vary",
-                 "--interpolate", "--fixed-noise", "--edit", "--to", "--from", "default: samples"):
-        assert flag in done.stdout, flag
-
-
-@pytest.mark.skipif(not all((SHIPPED / "shapes" / f"{part}.pt").exists()
-                            for part in ("clip", "prior", "decoder")), reason="no shipped weights")
-def test_a_red_cube(type_in):
-    status, out, err = type_in("a red cube", weights=None, steps=None)
+@pytest.mark.skipif(not (SHIPPED / "shapes" / "decoder.pt").exists(), reason="no shipped weights")
+def test_the_shipped_weights_draw_red_for_a_red_cube(type_in):
+    status, out, err = type_in(f'"a red cube" --weights "{SHIPPED / "shapes"}" --steps 16')
     assert status == 0 and notes(err) == []
     for path in out[:4]:
         r, g, b = array(path).transpose(2, 0, 1)
         red = (r > g + 40) & (r > b + 40)
         strange = (g > r + 40) & (g > b + 20) | (b > r + 40) & (b > g + 20)
         assert 0.03 < red.mean() < 0.7 and strange.mean() < 0.05 * red.mean(), path
-
-
-@pytest.mark.skipif(not (SHIPPED / "cifar10" / "decoder.pt").exists(), reason="no shipped weights")
-def test_cifar10_s_classes_can_be_told_apart():
-    unclip = UnCLIP.load(SHIPPED / "cifar10")
-    judge = read_judge(SHIPPED / "cifar10" / "classifier.pt", "classifier", Classifier(), "cpu")
-    x = unclip.generate([f"a photo of a {name}" for name in CIFAR_CLASSES], n=2, steps=8)
-    right = judge(x).argmax(1) == torch.arange(10).repeat_interleave(2)
-    assert x.shape == (20, 3, 32, 32) and right.float().mean() > 0.3            # chance is 0.1
