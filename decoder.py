@@ -141,6 +141,7 @@ class DecoderConfig:
     attention: tuple = (False, True, True)
     width: int = 128                     # of the timestep embedding and the caption's Transformer
     text_depth: int = 2
+    sketch_width: int = 512
 
 
 class Decoder(nn.Module):
@@ -148,10 +149,13 @@ class Decoder(nn.Module):
 
     z_i is added to the timestep embedding, and makes four tokens of context. The caption's own
     Transformer adds its last output to the timestep embedding, and all its outputs to the context.
-    differs from the paper: the variance of a sampling step is DDPM's, not learnt.
+    Learnt nulls stand for conditions that are hidden.
+    differs from the paper: the variance of a sampling step is DDPM's, not learnt. And the UNet is
+    also shown a sketch, the mean picture E[x | z_i, y] of 8×8 pixels. That is what it should answer
+    to pure noise, and what it is slowest to learn; a small MLP learns it sooner.
     """
 
-    Z_I_TOKENS = 4
+    Z_I_TOKENS, SKETCH = 4, 8            # SKETCH: pixels a side
     # How often training hides each condition (sec. 2.1). Guidance needs a network that can draw
     # without them. The caption is hidden more often, because z_i says most of it already: a network
     # that always saw both would lean on the caption, and the manipulations have none.
@@ -165,19 +169,36 @@ class Decoder(nn.Module):
         self.z_i_tokens = nn.Linear(c.dim, self.Z_I_TOKENS * c.width)
         self.text = TextEncoder(c.vocab, c.context, c.width, c.text_depth)
         self.text_emb = nn.Linear(c.width, c.width)
-        self.unet = UNet(3, 3, c.channels, c.blocks, c.attention, c.width, c.width)
+        self.null_z_i = nn.Parameter(torch.zeros(c.dim))
+        self.null_text = nn.Parameter(torch.zeros(c.width))
+        self.sketch = nn.Sequential(
+            nn.Linear(c.dim + c.width, c.sketch_width), nn.GELU(),
+            nn.Linear(c.sketch_width, c.sketch_width), nn.GELU(),
+            nn.Linear(c.sketch_width, 3 * self.SKETCH ** 2),
+            nn.Unflatten(1, (3, self.SKETCH, self.SKETCH)))
+        self.unet = UNet(6, 3, c.channels, c.blocks, c.attention, c.width, c.width)
 
     def forward(self, x_t, t, z_i, tokens):
         """The network f: x_t (B, 3, H, W), t (B,), z_i (B, D), tokens (B, L) → v (B, 3, H, W)."""
-        text, end = self.text(tokens)                                    # (B, L, width), (B, width)
-        emb = self.z_i_emb(z_i) + self.text_emb(end)                     # (B, width)
+        z_i, text, text_emb = self.encode_conditions(z_i, tokens)
+        emb = self.z_i_emb(z_i) + text_emb                               # (B, width)
         z_i_tokens = self.z_i_tokens(z_i).unflatten(1, (self.Z_I_TOKENS, -1))     # (B, 4, width)
         context = torch.cat([z_i_tokens, text], dim=1)                   # (B, 4 + L, width)
         visible = F.pad(tokens != PAD, (self.Z_I_TOKENS, 0), value=True)          # (B, 4 + L)
-        return self.unet(x_t, t, emb, context, visible)
+        # Detached: the sketch is to be the mean picture, and learns from its own error alone.
+        sketch = self.sketch(torch.cat([z_i, text_emb], dim=1)).detach()          # (B, 3, 8, 8)
+        x = torch.cat([x_t, F.interpolate(sketch, x_t.shape[-2:], mode="bilinear")], dim=1)
+        return self.unet(x, t, emb, context, visible)
+
+    def encode_conditions(self, z_i, tokens):
+        """z_i (B, D) or its null; of the caption all outputs (B, L, width), and what it adds to the
+        timestep embedding (B, width), or the null of that."""
+        text, end = self.text(tokens)
+        z_i = torch.where((z_i == 0).all(dim=1, keepdim=True), self.null_z_i, z_i)
+        return z_i, text, torch.where(tokens[:, :1] == PAD, self.null_text, self.text_emb(end))
 
     def loss(self, x, z_i, tokens, generator=None):
-        """Mean squared error of eps at random t: a scalar.
+        """Mean squared error of eps at random t, and that of the sketch: a scalar.
 
         x (B, 3, H, W) in [-1, 1]; z_i (B, D), whitened; tokens (B, L). z_i is that of x itself: the
         decoder learns to invert CLIP. A z_i drawn by a prior would belong to another picture.
@@ -187,7 +208,10 @@ class Decoder(nn.Module):
         eps = torch.randn(x.shape, device=device, generator=generator)
         shown = torch.rand(2, B, 1, device=device, generator=generator)
         z_i, tokens = z_i * (shown[0] >= self.DROP_Z_I), tokens * (shown[1] >= self.DROP_TEXT)
-        return self.diffusion.loss(lambda x_t, t: self(x_t, t, z_i, tokens), x, t, eps)
+        z, _, text_emb = self.encode_conditions(z_i, tokens)
+        sketch = self.sketch(torch.cat([z.detach(), text_emb.detach()], dim=1))
+        return self.diffusion.loss(lambda x_t, t: self(x_t, t, z_i, tokens), x, t, eps) \
+            + F.mse_loss(sketch, F.adaptive_avg_pool2d(x, self.SKETCH))
 
     def guided(self, z_i, tokens, guidance=1.0):
         """f(x_t, t) for the sampler and the inversion. The null of guidance hides both conditions.

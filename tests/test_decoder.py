@@ -53,7 +53,17 @@ def test_new_networks_answer_0_and_every_weight_learns():
     for model, answer in ((shake(decoder()), ask),
                           (shake(upsampler()), lambda m: m(X_T, torch.tensor([9]), X_T))):
         answer(model).square().sum().backward()
-        assert [name for name, p in model.named_parameters() if p.grad is None] == []
+        idle = [name for name, p in model.named_parameters() if p.grad is None]
+        assert all(name.startswith(("sketch", "null")) for name in idle)
+
+
+def test_the_sketch_and_the_nulls_learn_by_the_loss_and_the_sketch_is_an_mlp_of_the_conditions():
+    model = shake(decoder())
+    model.loss(normal(200, 3, 8, 8)(), normal(200, 8)(), TOKENS[[0] * 200]).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+    model.zero_grad()
+    ask(model).square().sum().backward()                     # the UNet's error does not reach it
+    assert model.sketch[0].weight.grad is None
 
 
 # ---- The decoder's conditions --------------------------------------------------------------------
@@ -66,12 +76,13 @@ def test_each_input_has_an_influence():
 
 @pytest.mark.parametrize("change", [dict(z_i=OTHER_Z_I), dict(tokens=TOKENS[1:])])
 def test_z_i_and_caption_enter_twice_by_the_timestep_embedding_and_by_attention(change):
-    """Either way tells two conditions apart; with both shut nothing does."""
+    """Either way tells two conditions apart; with both, and the sketch, shut nothing does."""
     for ways in (("embedding", "attention"), ("embedding",), ("attention",), ()):
         model = shake(decoder())
         with torch.no_grad():
             if "embedding" not in ways:
                 model.z_i_emb.weight.zero_(), model.text_emb.weight.zero_()
+            model.sketch[0].weight.zero_()
             for module in model.modules():
                 if "attention" not in ways and isinstance(module, ImageAttention):
                     module.context_kv.weight.zero_()
@@ -178,7 +189,7 @@ def train(model, loss, steps):
 def overfitted():
     model, generator = decoder(), torch.Generator().manual_seed(0)
     x, z_i = PICTURES.repeat(4, 1, 1, 1), Z_OF_PICTURES.repeat(4, 1)
-    return train(model, lambda: model.loss(x, z_i, TOKENS[[0] * 16], generator), steps=120)
+    return train(model, lambda: model.loss(x, z_i, TOKENS[[0] * 16], generator), steps=200)
 
 
 def test_the_decoder_learns_a_handful_of_pictures_to_a_low_error_of_x_0(overfitted):

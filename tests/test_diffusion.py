@@ -3,6 +3,7 @@
 Gaussian data, and mixtures of Gaussians, have an exact optimal denoiser E[x_0 | x_t]. Here it takes
 the place of a network, so that nothing can be blamed on training.
 """
+import itertools
 import math
 
 import pytest
@@ -112,10 +113,11 @@ def test_the_loss_is_zero_for_the_right_v_and_weighs_an_error_of_v_by_the_object
 
 
 def test_times_fall_strictly_from_T_to_0_and_other_numbers_of_steps_are_refused():
-    for steps in (1, 2, 25, 64, 999, 1000):
-        times = PROCESS.timesteps(steps)
+    for steps, power in itertools.product((1, 2, 25, 64, 999, 1000), (1, 2)):
+        times = Diffusion("x_0", power).timesteps(steps)
         assert len(times) == steps + 1 and times[0] == 1000 and times[-1] == 0
         assert all(t > s for t, s in zip(times, times[1:]))
+    assert Diffusion("x_0", power=2).timesteps(4) == [1000, 562, 250, 62, 0]
     for steps in (-1, 0, 1001):
         with pytest.raises(ValueError, match=f"{steps} sampling steps.*1 to 1000"):
             PROCESS.sample(gaussian(), torch.zeros(1, 4), steps)
@@ -268,6 +270,14 @@ def test_a_row_of_noise_is_the_same_bits_in_any_batch_at_each_call():
     among = Noise(7, [0, 3, 5], (3, 4, 4), "decoder")
     for _ in range(3):
         assert torch.equal(alone()[0], among()[1])
+
+
+def test_some_rows_of_a_noise_are_its_own_next_rows_even_twice():
+    noise = Noise(0, range(5), (8,))
+    noise()
+    some = noise.rows([4, 4, 1])
+    for _ in range(2):
+        assert torch.equal(some(), noise()[[4, 4, 1]])
 
 
 def test_another_seed_index_or_stream_is_other_noise():
