@@ -1,0 +1,344 @@
+"""Who says what is right: judges that read pictures, and every measure of evaluate.py.
+
+What unCLIP draws is read by a small convolutional network. It learnt from real pictures alone, and
+it shares no weight with CLIP: otherwise CLIP would grade its own work. Each measure is a function
+of a few lines, with a case in tests/test_judge.py whose answer is known.
+
+Next chapter: evaluate.py.
+"""
+
+import math
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from checkpoints import SHIPPED, load_part, save_part, say
+from data import load
+from shapes import (COLOURS, RELATIONS, SHAPES, SIN, SIZES, Scene, Solid, labels_of, outline,
+                    parse_caption, render, sample_scene, to_float, to_uint8)
+
+# ---- The judge -----------------------------------------------------------------------------------
+
+
+@dataclass
+class JudgeConfig:
+    """What the weights depend on."""
+    classes: int = 0             # how many classes of photos it tells apart; 0: it reads shapes
+
+
+class Judge(nn.Module):
+    """Reads pictures of shapes: relation, and for both slots shape, colour, size and position, as
+    shapes.labels_of tells them. Or it is a classifier of photos, with one head and other layers."""
+
+    HEADS = {"relation": (len(RELATIONS),), "shape": (2, len(SHAPES)), "colour": (2, len(COLOURS)),
+             "size": (2, len(SIZES)), "position": (2, 2)}
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.clip_id = config, None
+        self.heads = {"class": (config.classes,)} if config.classes else self.HEADS
+        self.body, features = photo_layers() if config.classes else shape_layers()
+        self.head = nn.Linear(features, sum(map(math.prod, self.heads.values())))
+
+    def forward(self, x):
+        """x (B, 3, 32, 32) in [-1, 1] → logits (B, …) of each head, in the shape of the head."""
+        parts = self.head(self.body(x)).split([*map(math.prod, self.heads.values())], dim=1)
+        return {key: part.unflatten(1, self.heads[key]) for key, part in zip(self.heads, parts)}
+
+    def loss(self, x, labels):
+        """Cross-entropies, and a squared error of positions; absent solids count nowhere."""
+        total = 0
+        for key, out in self(x).items():
+            if key == "position":
+                present = labels["shape"] >= 0                                   # (B, 2)
+                total += 4 * (out - labels[key])[present].square().sum(-1).mean()
+            else:
+                total += F.cross_entropy(out.flatten(0, -2), labels[key].flatten(), ignore_index=-1)
+        return total
+
+    @torch.no_grad()
+    def read(self, images, batch=500):
+        """uint8 (N, 3, H, W), H a multiple of 32 → what it sees, in the form of the labels."""
+        device, H = self.head.weight.device, images.shape[-1]
+        assert H % 32 == 0, f"pictures of {H} pixels have no whole area means of 32"
+        outs = [self(F.avg_pool2d(to_float(some.to(device)), H // 32))
+                for some in images.split(batch)]
+        seen = {key: torch.cat([out[key] for out in outs]).cpu() for key in self.heads}
+        seen = {key: v if key == "position" else v.argmax(-1) for key, v in seen.items()}
+        if "relation" in seen:
+            alone = seen["relation"] == RELATIONS.index("alone")
+            seen["count"] = 2 - alone.long()
+            for key in ("shape", "colour", "size"):
+                seen[key][alone, 1] = -1
+            seen["position"][alone, 1] = 0
+        return seen
+
+
+def conv(c_in, c_out, stride=1):
+    return nn.Sequential(nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False), nn.BatchNorm2d(c_out),
+                         nn.ReLU())
+
+
+class Residual(nn.Sequential):
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+def shape_layers():
+    """(B, 3, 32, 32) → 96 features. There is no pooling: it matters where things are."""
+    return nn.Sequential(
+        conv(3, 24), conv(24, 48, 2),                                            # (B, 48, 16, 16)
+        conv(48, 96, 2), conv(96, 96),                                           # (B, 96, 8, 8)
+        conv(96, 96, 2), nn.Flatten(), nn.Linear(96 * 4 * 4, 96), nn.ReLU()), 96
+
+
+def photo_layers():
+    """(B, 3, 32, 32) → 128 features."""
+    return nn.Sequential(
+        conv(3, 32), conv(32, 64), nn.MaxPool2d(2),                              # (B, 64, 16, 16)
+        Residual(conv(64, 64), conv(64, 64)), conv(64, 128), nn.MaxPool2d(2),    # (B, 128, 8, 8)
+        conv(128, 128), nn.MaxPool2d(2), Residual(conv(128, 128), conv(128, 128)),
+        nn.AdaptiveMaxPool2d(1), nn.Flatten()), 128
+
+
+def train_judge(judge, images, labels, vary, steps, batch_size=128, seed=0):
+    """Train on uint8 images (N, 3, 32, 32); vary(x) changes a batch as the judge shall not mind."""
+    device = judge.head.weight.device
+    images, labels = images.to(device), {key: v.to(device) for key, v in labels.items()}
+    optimizer = torch.optim.AdamW(judge.train().parameters(), lr=3e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+    torch.manual_seed(seed)
+    for _ in tqdm(range(steps), "training a judge"):
+        i = torch.randint(len(images), (batch_size,), device=device)
+        loss = judge.loss(vary(to_float(images[i])), {key: v[i] for key, v in labels.items()})
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return judge.eval().requires_grad_(False)
+
+
+def noisy(x):
+    """What a decoder draws may be a little noisy and off in tone: that must not confuse a judge."""
+    rand = lambda f: f(len(x), 1, 1, 1, device=x.device)
+    return (x + 0.1 * rand(torch.rand) * torch.randn_like(x)) * (1 + 0.05 * rand(torch.randn))
+
+
+def moved(x, most=4):
+    """A batch moved by up to `most` pixels each way; each picture is mirrored or not."""
+    x = torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x, x.flip(3))
+    dx, dy = torch.randint(2 * most + 1, (2,)).tolist()
+    return F.pad(x, [most] * 4, mode="replicate")[..., dy:dy + x.shape[2], dx:dx + x.shape[3]]
+
+
+def judge_scenes(N, seed=0):
+    """N scenes to train a judge on. The unseen pairs occur too: a judge that never saw a purple
+    cylinder would share the habits of the models that it judges."""
+    scenes = []
+    for i in range(N):
+        rng = random.Random(f"judge/{seed}/{i}")
+        scenes.append(sample_scene(rng))
+        for solid in scenes[-1].solids:
+            solid.colour = rng.choice(list(COLOURS))
+    return scenes
+
+
+def load_judge(folder, part="judge", device="cpu", data_dir=None):
+    """The "judge" or the "classifier" (of CIFAR-10) in a folder of weights, or the shipped one, or
+    one that is trained now, in minutes. Raises ValueError or OSError, in one line."""
+    shapes = part == "judge"
+    own, shipped = Path(folder) / f"{part}.pt", SHIPPED / ("shapes" if shapes else "cifar10")
+    for path in own, shipped / f"{part}.pt":
+        if path.exists():
+            return load_part(path, device, {part: (Judge, JudgeConfig)})
+    say(f"{part}: neither {own} nor {path} is there; training one")
+    torch.manual_seed(0)
+    judge = Judge(JudgeConfig(0 if shapes else 10)).to(device)
+    if shapes:
+        scenes = judge_scenes(20_000)
+        pictures, labels = render(scenes, title="renders for the judge"), labels_of(scenes)
+    else:
+        photos = load("cifar10", "train", data_dir=data_dir)
+        pictures, labels = photos.images, photos.labels
+    train_judge(judge, pictures, labels, noisy if shapes else moved, 1500 if shapes else 5000)
+    save_part(own, part, judge, {"data": shipped.name, "seed": 0}, half=True)
+    return judge
+
+
+# ---- Are the asked solids there? -----------------------------------------------------------------
+
+
+def compare(captions, seen):
+    """What of each caption is right in its picture: a dict of bool (N,).
+
+    captions name all shapes and colours; seen: the judge's reading of one picture for each.
+    "colour" and "shape" ask for each solid's own, and for no solid more. "… set" asks for the same
+    ones in any place: where the set is right and the places are not, they are bound to the wrong
+    solid (paper, sec. 7).
+    """
+    given = [parse_caption(caption) for caption in captions]
+    relation = torch.tensor([RELATIONS.index(scene["relation"]) for scene in given])
+    right = {"relation": seen["relation"] == relation}
+    for key, words in ("colour", list(COLOURS)), ("shape", SHAPES):
+        asked = [[words.index(solid[key]) for solid in scene["solids"]] for scene in given]
+        asked = torch.tensor([(slots + [-1])[:2] for slots in asked])            # (N, 2)
+        right[key] = (seen[key] == asked).all(1)
+        right[f"{key} set"] = (seen[key].sort(1).values == asked.sort(1).values).all(1)
+    right["all"] = right["relation"] & right["colour"] & right["shape"]
+    return right
+
+
+def same(seen, labels):
+    """Does the judge see these solids and no others, each in its shape and colour? bool (N,)"""
+    return ((seen["shape"] == labels["shape"]) & (seen["colour"] == labels["colour"])).all(1)
+
+
+# ---- Measures ------------------------------------------------------------------------------------
+
+
+def wilson(right):
+    """bool (N,), N > 0 → the 95 % interval of the share of what is true (Wilson 1927)."""
+    N, p, z = len(right), right.float().mean().item(), 1.96
+    middle, half = p + z * z / (2 * N), z * math.sqrt(p * (1 - p) / N + (z / (2 * N)) ** 2)
+    return (middle - half) / (1 + z * z / N), (middle + half) / (1 + z * z / N)
+
+
+def psnr(a, b):
+    """Peak signal-to-noise ratio of uint8 pictures (N, 3, H, W) → (N,), in dB."""
+    return 10 * torch.log10(255 ** 2 / (a.float() - b.float()).square().mean((1, 2, 3)))
+
+
+def gradient_energy(images):
+    """Sharpness: mean squared difference of neighbouring pixels, uint8 (N, 3, H, W) → (N,)."""
+    x = to_float(images)
+    return x.diff(dim=2).square().mean((1, 2, 3)) + x.diff(dim=3).square().mean((1, 2, 3))
+
+
+def entropy(classes, n):
+    """Entropy of the frequencies of integers below n, over log n: 1 if all are equally frequent."""
+    p = torch.bincount(classes, minlength=n) / max(1, len(classes))
+    return -(p * p.clamp(min=1e-12).log()).sum().item() / math.log(n)
+
+
+def spread(x):
+    """tr Cov of samples x (…, n, D) → (…,), without bias."""
+    return x.var(dim=-2).sum(-1)
+
+
+def energy_distance(x, y):
+    """2E|X-Y| - E|X-X'| - E|Y-Y'| of samples x (…, n, D), y (…, m, D) → (…,), without bias.
+
+    Its mean is 0 if the distributions are the same, and only then (Székely & Rizzo 2013). A point
+    is a sample of two equal ones.
+    """
+    def distances(a, b):
+        return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
+
+    def within(a):                                       # a sample and itself are no pair
+        return distances(a, a).sum((-2, -1)) / (a.shape[-2] * (a.shape[-2] - 1))
+    return 2 * distances(x, y).mean((-2, -1)) - within(x) - within(y)
+
+
+def frechet(x, y):
+    """Fréchet distance of the Gaussians that fit x (N, D) and y (M, D) (Heusel et al. 2017):
+    |μ_x − μ_y|² + tr(C_x + C_y − 2 (C_x C_y)^½)."""
+    x, y = x.cpu().double(), y.cpu().double()
+    C_x, C_y = x.T.cov(), y.T.cov()
+    values, axes = torch.linalg.eigh(C_x)
+    root = axes * values.clamp(min=0).sqrt() @ axes.T
+    cross = torch.linalg.eigvalsh(root @ C_y @ root).clamp(min=0).sqrt().sum()   # tr (C_x C_y)^½
+    return ((x.mean(0) - y.mean(0)).square().sum() + C_x.trace() + C_y.trace() - 2 * cross).item()
+
+
+# ---- Form: is it a sound solid? ------------------------------------------------------------------
+# A judge also recognises a dented cube. So form is measured by analysis by synthesis: of all scenes
+# of the asked shape and colour, which one looks most like the picture, and how much does it differ?
+
+# A scene of one solid as nine numbers: x and y, the centre of its outline; k; yaw; azimuth and
+# height of the light; and r, g, b, the floor's tint. AROUND: how far around a first guess the
+# search begins. LOW, HIGH: what the tracer can draw. The solid has a size and stands in the
+# picture, and the light is not so high that it looks down into a cone.
+AROUND = torch.tensor([0.08, 0.08, 0.08, math.pi / 4, 1.3, 0.15, 0.05, 0.05, 0.05])
+LOW = torch.tensor([-1, -1, 0.12, -9, -9, 0.6, 0, 0, 0])
+HIGH = torch.tensor([1, 1, 0.7, 9, 9, 1.0, 1, 1, 1])
+
+
+def scene_of(numbers, shape, colour):
+    """Nine numbers → the Scene."""
+    x, y, k, yaw, azimuth, height, *floor = numbers.tolist()
+    solid = Solid(shape, colour, "", yaw % (math.pi / 2), k, x, y)
+    _, up, down = outline(solid, k)
+    solid.stands = x, 0, -(y + (up - down) / 2) / SIN
+    light = (math.sin(azimuth) * math.cos(height), math.sin(height),
+             -math.cos(azimuth) * math.cos(height))
+    return Scene("alone", [solid], tuple(floor), light)
+
+
+def first_guess(images, judge):
+    """Pictures → their nine numbers (N, 9): place and size as the judge reads them, the floor's
+    tint from the lower corners, and the rest from the middle of its range."""
+    seen, guess = judge.read(images), torch.tensor([0, 0, 0, math.pi / 4, 0, 0.82, 0, 0, 0])
+    guess = guess.repeat(len(images), 1)
+    guess[:, :2] = seen["position"][:, 0]
+    guess[:, 2] = torch.tensor([0.27, 0.42])[seen["size"][:, 0]]
+    guess[:, 6:] = images[:, :, -2:, [0, 1, -2, -1]].flatten(2).float().median(2).values / 255
+    return guess
+
+
+def fit_scenes(images, asked, judge, candidates=24, plan=((32, 16), (64, 6)), seed=0):
+    """uint8 (N, 3, S, S), and N pairs (shape, colour) → for each the Scene most like the picture.
+
+    Differential evolution (Storn & Price 1997): each candidate of a picture tries a step towards the
+    best one, plus the difference of two others, and takes it if the picture looks more like that.
+    The steps become small by themselves, as the candidates gather. plan: pixels and generations. It
+    ends with more pixels, because the tracer's few rays a pixel are no exact area means.
+    """
+    N, S, g = len(images), images.shape[-1], torch.Generator().manual_seed(seed)
+    rand = lambda *shape: torch.rand(N, candidates, *shape, generator=g)
+    pick = lambda x, i: x.gather(1, i[:, :, None].expand(-1, -1, 9))
+
+    def misfit(x, size):
+        target = F.avg_pool2d(to_float(images), S // size)[:, None]
+        drawn = render([scene_of(numbers, *pair) for some, pair in zip(x, asked)
+                        for numbers in some], size)
+        return (to_float(drawn).unflatten(0, (N, -1)) - target).square().mean((2, 3, 4))
+
+    x = (first_guess(images, judge)[:, None] + AROUND * (2 * rand(9) - 1)).clamp(LOW, HIGH)
+    for size, generations in plan:                                       # x (N, candidates, 9)
+        size = min(size, S)
+        error = misfit(x, size)                                                  # (N, candidates)
+        for _ in tqdm(range(generations), f"fitting scenes, {size} pixels", leave=False):
+            best = pick(x, error.argmin(1, keepdim=True))
+            a, b = pick(x, rand().argsort(1)), pick(x, rand().argsort(1))
+            step = (0.6 * (best - x) + 0.6 * (a - b)) * (rand(9) < 0.9)
+            tried = (x + step).clamp(LOW, HIGH)
+            its_error = misfit(tried, size)
+            x = torch.where((its_error < error)[:, :, None], tried, x)
+            error = error.minimum(its_error)
+    best = pick(x, error.argmin(1, keepdim=True))[:, 0]
+    return [scene_of(numbers, *pair) for numbers, pair in zip(best, asked)]
+
+
+def form(images, asked, judge, **search):
+    """uint8 (N, 3, S, S), S a multiple of 32, and N pairs (shape, colour) → PSNR (N,), in dB, of
+    each picture and the scene that fits it, in a box around the solid; and the scenes' renders.
+
+    What the fit itself loses is seen on renders.
+    """
+    S, decibels = images.shape[-1], []
+    scenes = fit_scenes(images, asked, judge, **search)
+    drawn = render(scenes, S)
+    pixel = lambda v: round((min(max(v, -1), 1) + 1) / 2 * S)
+    for scene, pair in zip(scenes, torch.stack([images, drawn], 1)):
+        solid = scene.solids[0]
+        side, up, down = outline(solid, solid.k)
+        half, edge = (up + down) / 2, 1 / 16                                     # a pixel of 32
+        box = pair[:, :, pixel(solid.y - half - edge):pixel(solid.y + half + edge),
+                   pixel(solid.x - side - edge):pixel(solid.x + side + edge)]
+        decibels.append(psnr(box[:1], box[1:]))
+    return torch.cat(decibels), drawn

@@ -1,0 +1,265 @@
+"""judge.py: does each measure give the answer that is known, and does a judge learn to read?"""
+import math
+import random
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import judge as judges
+from checkpoints import SHIPPED, save_part
+from judge import (Judge, JudgeConfig, compare, energy_distance, entropy, first_guess, form,
+                   frechet, gradient_energy, judge_scenes, load_judge, moved, noisy, psnr, same,
+                   scene_of, spread, train_judge, wilson)
+from shapes import (COLOURS, SHAPES, UNSEEN, item, labels_of, render, scenes_for, to_float,
+                    to_uint8)
+
+PAIRS = [f"{'an' if colour == 'orange' else 'a'} {colour} {shape}"
+         for shape in SHAPES for colour in COLOURS]
+
+
+def flat(value, n=2, side=32):
+    return torch.full((n, 3, side, side), value, dtype=torch.uint8)
+
+
+class Oracle:
+    """A judge that has been told what is in the pictures."""
+
+    def __init__(self, scenes):
+        self.labels = labels_of(scenes)
+
+    def read(self, images):
+        return self.labels
+
+
+# ---- Measures ------------------------------------------------------------------------------------
+
+def test_wilsons_interval_is_the_textbooks():
+    """5 of 10: 0.2366 to 0.7634; none of 10: 0 to 0.2775 (Brown, Cai & DasGupta 2001)."""
+    assert wilson(torch.arange(10) < 5) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+    assert wilson(torch.zeros(10, dtype=bool)) == pytest.approx((0, 0.2775), abs=1e-4)
+
+
+def test_wilsons_interval_holds_the_truth_95_times_in_100():
+    torch.manual_seed(0)
+    for p in (0.5, 0.9):
+        intervals = [wilson(torch.rand(50) < p) for _ in range(1000)]
+        assert sum(low < p < high for low, high in intervals) / 1000 == pytest.approx(0.95, abs=0.03)
+
+
+def test_psnr_of_a_known_difference():
+    assert psnr(flat(100), flat(105)).tolist() == pytest.approx([20 * math.log10(51)] * 2)
+    assert psnr(flat(7), flat(7)).tolist() == [math.inf] * 2
+
+
+def test_sharpness_is_0_of_a_plain_picture_and_falls_when_pixels_are_repeated():
+    board = ((torch.arange(32) + torch.arange(32)[:, None]) % 2 * 255).byte().expand(2, 3, -1, -1)
+    large = board.repeat_interleave(2, 2).repeat_interleave(2, 3)      # 31 of 63 steps are edges
+    assert gradient_energy(flat(50)).tolist() == [0, 0]
+    assert gradient_energy(board).tolist() == pytest.approx([8, 8])    # 2² each way
+    assert gradient_energy(large).tolist() == pytest.approx([8 * 31 / 63] * 2)
+
+
+def test_entropy_of_known_frequencies():
+    assert entropy(torch.arange(8).repeat(5), 8) == pytest.approx(1)
+    assert entropy(torch.full((9,), 3), 8) == pytest.approx(0)
+    assert entropy(torch.tensor([0, 1] * 4), 8) == pytest.approx(1 / 3)
+    assert entropy(torch.tensor([], dtype=torch.long), 8) == 0
+
+
+def test_energy_distance_of_gaussians_is_the_closed_form():
+    """In one dimension E|N(0, s²)| = s·√(2/π), so N(0, 1) and N(m, 1) have a closed form."""
+    torch.manual_seed(0)
+    x, y, m = torch.randn(2000, 1), torch.randn(2000, 1) + 1, 1.0
+    folded = 2 / math.sqrt(math.pi) * math.exp(-m ** 2 / 4) + m * math.erf(m / 2)     # E|N(m, 2)|
+    assert energy_distance(x, y).item() == pytest.approx(2 * folded - 4 / math.sqrt(math.pi),
+                                                         abs=0.04)
+    point = 2 * math.sqrt(2 / math.pi) - 2 / math.sqrt(math.pi)        # 2 E|X| - E|X-X'|
+    assert energy_distance(x, torch.zeros(2, 1)).item() == pytest.approx(point, abs=0.03)
+
+
+def test_energy_distance_and_spread_are_unbiased_for_small_samples():
+    """Many samples of one law: 0 and the true trace on average, however small they are."""
+    torch.manual_seed(0)
+    x, y = torch.randn(4000, 3, 2), torch.randn(4000, 5, 2)
+    distances = energy_distance(x, y)
+    assert abs(distances.mean()) < 4 * distances.std() / math.sqrt(4000)
+    assert spread(2 * x).mean().item() == pytest.approx(8, rel=0.05)
+    assert spread(torch.ones(7, 2, 3)).tolist() == [0] * 7
+
+
+def test_energy_distance_sees_spread_as_well_as_the_mean():
+    """A sample of the right law beats the right mean alone, which beats a wrong mean."""
+    torch.manual_seed(0)
+    x, y = torch.randn(2, 500, 8)
+    right, mean, wrong = (energy_distance(x, z).item() for z in (
+        y, torch.zeros(2, 8), torch.ones(2, 8)))
+    assert abs(right) < 0.1 * mean < mean < wrong
+
+
+def test_frechet_distance_is_the_closed_form():
+    """0 of the same; of a copy a·x + b it is |(a − 1)μ + b|² + (a − 1)² tr C."""
+    torch.manual_seed(0)
+    x = torch.randn(400, 6) @ torch.randn(6, 6) + torch.randn(6)
+    assert frechet(x, x) == pytest.approx(0, abs=1e-6)
+    shift = ((3 - 1) * x.mean(0) + 5).square().sum() + 4 * x.var(0).sum()
+    assert frechet(3 * x + 5, x) == pytest.approx(shift.item(), rel=1e-4)
+    y = torch.randn(300, 6) @ torch.randn(6, 6)                   # covariances that do not commute
+    roots = torch.linalg.eigvals(x.double().T.cov() @ y.double().T.cov()).sqrt().real.sum()
+    expected = (x.mean(0) - y.mean(0)).square().sum() + x.var(0).sum() + y.var(0).sum() - 2 * roots
+    assert frechet(x, y) == pytest.approx(expected.item(), rel=1e-4)
+    assert frechet(x, y) == pytest.approx(frechet(y, x), rel=1e-6)
+
+
+# ---- Are the asked solids there? -----------------------------------------------------------------
+
+@pytest.mark.parametrize("captions", [PAIRS, [
+    "a red cube on top of a blue cube", "a green cone left of a gray cube",
+    "a green cone right of a gray cube"]])
+def test_the_truth_is_all_right(captions):
+    scenes = [scenes_for(caption, 1, i)[0] for i, caption in enumerate(captions * 5)]
+    assert all(value.all() for value in compare(captions * 5, labels_of(scenes)).values())
+    assert same(labels_of(scenes), labels_of(scenes)).all()
+
+
+def test_shuffled_pictures_are_right_by_chance():
+    captions = PAIRS * 30
+    scenes = [scenes_for(caption, 1)[0] for caption in PAIRS] * 30
+    random.Random(0).shuffle(scenes)
+    right = compare(captions, labels_of(scenes))
+    for key, chance in ("colour", 1 / 8), ("shape", 1 / 4), ("all", 1 / 32), ("relation", 1):
+        assert right[key].float().mean().item() == pytest.approx(chance, abs=0.05)
+
+
+@pytest.mark.parametrize("asked, drawn, wrong", [
+    ("a red cube on top of a blue cylinder", "a red cube left of a blue cylinder", "relation"),
+    ("a red cube on top of a blue cylinder", "a blue cube on top of a red cylinder", "colour"),
+    ("a red cube on top of a blue cylinder", "a green cube on top of a blue cylinder",
+     "colour, colour set"),
+    ("a red cone left of a blue cube", "a red cube left of a blue cone", "shape"),
+    ("a red cone left of a blue cube", "a red cone right of a blue cube", "colour, shape"),
+    ("a red cube", "a red cube left of a red cube",
+     "relation, colour, colour set, shape, shape set")])
+def test_what_is_wrong_is_told(asked, drawn, wrong):
+    seen = labels_of(scenes_for(drawn, 1))
+    right = compare([asked], seen)
+    assert {key for key, value in right.items() if not value} == {*wrong.split(", "), "all"}
+    assert same(seen, labels_of(scenes_for(asked, 1))).item() == (wrong == "relation")
+
+
+# ---- The judge -----------------------------------------------------------------------------------
+
+def test_a_judge_learns_to_read_renders_but_not_shuffled_labels():
+    """On pictures it has not seen: colours far above chance (1 in 8), unless labels are shuffled."""
+    scenes, others = judge_scenes(700)[:600], judge_scenes(700)[600:]
+    pictures, labels, truth = render(scenes), labels_of(scenes), labels_of(others)
+    order = torch.randperm(600, generator=torch.Generator().manual_seed(0))
+    right = []
+    for some in labels, {key: value[order] for key, value in labels.items()}:
+        torch.manual_seed(0)
+        judge = train_judge(Judge(JudgeConfig()), pictures, some, noisy, steps=60, batch_size=64)
+        seen = judge.read(render(others))
+        assert seen.keys() >= {"count", "relation", "shape", "colour", "size", "position"}
+        assert (seen["shape"][seen["count"] == 1, 1] == -1).all()
+        right.append((seen["colour"][:, 0] == truth["colour"][:, 0]).float().mean().item())
+    assert right[0] > 0.35 and right[1] < 0.25
+
+
+def test_a_judge_is_shown_the_unseen_pairs_too():
+    pairs = {(s.colour, s.shape) for scene in judge_scenes(400) for s in scene.solids}
+    trained = {(s.colour, s.shape) for i in range(400) for s in item("train", i)[0].solids}
+    assert UNSEEN <= pairs and not UNSEEN & trained
+
+
+def test_larger_pictures_are_read_as_their_area_means():
+    judge, pictures = Judge(JudgeConfig()).eval(), torch.randint(256, (3, 3, 64, 64)).byte()
+    halves = to_uint8(F.avg_pool2d(to_float(pictures), 2))
+    for key, value in judge.read(pictures).items():
+        assert torch.allclose(value.float(), judge.read(halves)[key].float(), atol=0.05), key
+
+
+def test_a_classifier_has_one_head_and_learns():
+    torch.manual_seed(0)
+    classes = torch.arange(60) % 3
+    pictures = (torch.randint(60, (60, 3, 32, 32)) + 60 * classes.view(-1, 1, 1, 1)).byte()
+    judge = train_judge(Judge(JudgeConfig(3)), pictures, {"class": classes}, moved, 25, 30)
+    right = judge.read(pictures)["class"] == classes
+    assert judge.body(to_float(pictures)).shape == (60, 128) and right.float().mean() > 0.5
+
+
+def test_pictures_are_moved_and_mirrored():
+    torch.manual_seed(0)
+    x = torch.rand(8, 3, 8, 8)
+    wide = F.pad(x, (2, 2, 2, 2), mode="replicate")
+    views = {(dy, dx, m): (wide.flip(3) if m else wide)[..., dy:dy + 8, dx:dx + 8]
+             for dy in range(5) for dx in range(5) for m in (0, 1)}
+    found = set()
+    for _ in range(60):
+        drawn = moved(x, 2)
+        here = [key for i in range(8) for key, view in views.items()
+                if torch.equal(drawn[i], view[i])]
+        assert len(here) >= 8                                     # each of the 8 is one of the views
+        found |= set(here)
+    assert len(found) > 40
+
+
+def test_a_judge_is_trained_once_kept_and_a_wrong_one_refused(tmp_path, tiny_weights, monkeypatch,
+                                                              capsys):
+    calls, train = [], train_judge
+    monkeypatch.setattr(judges, "SHIPPED", tmp_path / "nothing shipped")
+    monkeypatch.setattr(judges, "judge_scenes", lambda N, scenes=judge_scenes(20): scenes)
+    monkeypatch.setattr(judges, "train_judge", lambda judge, images, labels, vary, steps: (
+        calls.append(steps), train(judge, images, labels, vary, 2, 8))[1])
+    pictures = torch.randint(256, (5, 3, 32, 32)).byte()
+    first, second = (load_judge(tmp_path).read(pictures) for _ in range(2))
+    assert calls == [1500] and "training one" in capsys.readouterr().err
+    for key, value in first.items():                              # it was kept in half precision
+        assert torch.allclose(value.float(), second[key].float(), atol=0.05), key
+    shutil.copy(tiny_weights / "decoder.pt", tmp_path / "judge.pt")
+    with pytest.raises(ValueError, match="judge.pt: holds 'decoder', not 'judge'"):
+        load_judge(tmp_path)
+
+
+def test_the_shipped_judge_reads_validation_renders():
+    scenes = [item("validation", i)[0] for i in range(200)]
+    seen, truth = load_judge(SHIPPED / "shapes").read(render(scenes)), labels_of(scenes)
+    one = truth["count"] == 1
+    assert (seen["relation"] == truth["relation"]).float().mean() > 0.97
+    assert same(seen, truth)[one].float().mean() > 0.97
+
+
+# ---- Form ----------------------------------------------------------------------------------------
+
+def test_nine_numbers_are_a_scene():
+    """The scene made of a scene's own numbers is drawn as that scene."""
+    for caption in ("a cube", "a sphere", "a cylinder", "a cone"):
+        scene, = scenes_for(caption, 1)
+        solid, (right, up, away) = scene.solids[0], scene.light
+        numbers = torch.tensor([solid.x, solid.y, solid.k, solid.yaw, math.atan2(right, -away),
+                                math.asin(up), *scene.floor])
+        again = render([scene_of(numbers, solid.shape, solid.colour), scene])
+        assert (again[0].int() - again[1].int()).abs().max() <= 2
+
+
+def test_a_dented_solid_has_less_form_than_a_sound_one():
+    """Renders fit their own kind; a cube with a bite taken out does not, nor a sphere as a cube."""
+    scenes = [scenes_for(f"a large {solid}", 1, 3)[0] for solid in ("red cube", "red sphere")]
+    cube, sphere = render(scenes, 64)
+    bitten, solid = cube.clone(), scenes[0].solids[0]
+    top, left = (round((v + 1) / 2 * 64) - 3 for v in (solid.y, solid.x))
+    bitten[:, top:top + 7, left:left + 7] = cube[:, -1:, :1]                     # a bit of floor
+    pictures, oracle = torch.stack([cube, bitten, sphere]), Oracle([scenes[0]] * 2 + scenes[1:])
+    decibels, drawn = form(pictures, [("cube", "red")] * 3, oracle, candidates=16,
+                           plan=((32, 12), (64, 3)))
+    sound, dented, other = decibels.tolist()
+    assert drawn.shape == pictures.shape
+    assert sound > 20 and sound > dented + 3 and sound > other + 3
+
+
+def test_form_begins_at_the_judges_reading_and_the_floor_that_is_seen():
+    scenes = [scenes_for("a small green cone", 1, i)[0] for i in range(4)]
+    guess, solids = first_guess(render(scenes), Oracle(scenes)), [s.solids[0] for s in scenes]
+    assert torch.allclose(guess[:, :2], torch.tensor([[s.x, s.y] for s in solids]))
+    assert torch.allclose(guess[:, 2], torch.tensor([s.k for s in solids]), atol=0.12)
+    assert torch.allclose(guess[:, 6:], torch.tensor([s.floor for s in scenes]), atol=0.1)
