@@ -4,8 +4,8 @@
     python evaluate.py --only two --n 50 --out look   # a quick look at one of them
 
 Each experiment is a function of a Bench that returns the rows of a table. Its docstring says what
-it asks, and stands above the table in results/README.md. In a row, a tensor of bool stands for the
-share of what is true in it, and is reported with its 95 % interval.
+it asks, and stands above the table in results/README.md. A tensor in a row is one measurement for
+each picture. The table has its mean (of bools: the share of what is true), with a 95 % interval.
 
 This is the last chapter.
 """
@@ -16,7 +16,7 @@ import sys
 import time
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import cycle, islice, product
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -28,7 +28,7 @@ from checkpoints import SHIPPED, Parser, check_out, find_device, run_command
 from clip_tiny import components_needed
 from data import CIFAR_CLASSES, class_captions, load
 from judge import (compare, energy_distance, entropy, form, frechet, gradient_energy, load_judge,
-                   psnr, same, spread, wilson)
+                   psnr, ratio, same, spread, wilson)
 from prior import Codes
 from shapes import (COLOURS, SHAPES, SIZES, UNSEEN, is_true, item, picture_grid, render,
                     sample_scene, scenes_for, to_float, to_uint8, write_png, write_safely)
@@ -74,14 +74,12 @@ class Bench:
 
     def z_t(self, captions):
         """Captions → z_t (N, D)."""
-        with torch.no_grad():
-            return self.unclip.clip.encode_text(self.tokens(captions))
+        return self.unclip.clip.encode_text(self.tokens(captions))
 
     def encode(self, images):
         """Pictures → z_i (N, D)."""
-        with torch.no_grad():
-            return self.portions("CLIP", len(images), lambda i: self.unclip.clip.encode_image(
-                self.floats(images[i])))
+        return self.portions("CLIP", len(images), lambda i: self.unclip.clip.encode_image(
+            self.floats(images[i])))
 
     def z_i(self, captions, prior="diffusion", **options):
         """A z_i of each caption, by a prior → (N, D)."""
@@ -97,9 +95,9 @@ class Bench:
 
     def latents(self, images, steps=50):
         """Pictures → z_i (N, D) and x_T (N, 3, H, W)."""
-        x = self.floats(images)
-        return self.encode(images), self.portions(f"inverting, {steps} steps", len(x), lambda i:
-                                                  self.unclip.latent(x[i], steps)[1])
+        portions = tqdm(self.floats(images).split(64), f"inverting, {steps} steps", leave=False)
+        z_i, x_T = zip(*(self.unclip.latent(x, steps) for x in portions))
+        return torch.cat(z_i), torch.cat(x_T)
 
     def decode(self, z_i, x_T, steps=50, eta=0.0):
         """A picture of each latent: unguided, and without a caption."""
@@ -107,6 +105,10 @@ class Bench:
         return self.portions(f"decoding, {steps} steps", len(z_i), lambda i: to_uint8(
             self.unclip.decode(z_i[i], x_T[i], steps, eta, self.unclip.noise(
                 self.seed, rows[i], "variation"))).cpu())
+
+    def one_noise(self, N):
+        """The same x_T for N pictures."""
+        return self.unclip.noise(self.seed, [0], "decoder")().expand(N, -1, -1, -1)
 
     def enlarged(self, images):
         """Pictures through the upsampler, if there is one."""
@@ -132,6 +134,13 @@ class Bench:
         self.figure(name, shown.flatten(0, 1), len(frames), caption)
 
 
+def noun(colour, shape):
+    return f"{'an' if colour == 'orange' else 'a'} {colour} {shape}"
+
+
+# ---- Do pictures show what was asked for? --------------------------------------------------------
+
+
 def conditions(bench, captions):
     """Pictures of the captions by what the decoder is given: yields (name, pictures).
 
@@ -151,17 +160,10 @@ def conditions(bench, captions):
     yield "caption only", bench.draw(few, None)
 
 
-def noun(colour, shape):
-    return f"{'an' if colour == 'orange' else 'a'} {colour} {shape}"
-
-
-# ---- Do pictures show what was asked for? --------------------------------------------------------
-
-
 def judge_itself(bench):
     """Can it be trusted?
 
-    It reads 2,000 validation renders. Position: the centre of a solid's outline."""
+    It reads validation renders. Position: the centre of a solid's outline."""
     split = load("shapes", "validation", limit=bench.most(2000))
     seen, truth, rows = bench.judge.read(split.images), split.labels, []
     for name, count in ("one solid", 1), ("two solids", 2):
@@ -178,25 +180,24 @@ def judge_itself(bench):
 def accuracy(bench):
     """One solid, as "a red cube": why a prior? (Sec. 5.1, Fig. 8.)
 
-    Colour and shape, as the judge sees them, by what the decoder is given. All pairs are asked for
-    33 times. Unseen: the four pairs that never occurred in training, in any picture."""
-    pairs = [(colour, shape) for shape in SHAPES for colour in COLOURS]
-    asked, rows = pairs * bench.most(33), []
-    captions = [noun(*pair) for pair in asked]
-    unseen = torch.tensor([pair in UNSEEN for pair in asked])
-    cube = torch.tensor([shape == "cube" for _, shape in asked])
-    for name, pictures in conditions(bench, captions):
-        n = len(pictures)
-        right, new = compare(captions[:n], bench.judge.read(pictures)), unseen[:n]
-        rows.append({"pictures from": name, "pictures": n, "colour %": right["colour"][~new],
-                     "shape %": right["shape"][~new], "both %": right["all"][~new],
-                     "unseen, both %": right["all"][new], "cubes, both %": right["all"][cube[:n]]})
+    How often are colour and shape what was asked for, as the judge sees them? All 32 pairs are
+    asked for equally often. Unseen: the four pairs that no training picture holds."""
+    pairs = list(product(SHAPES, COLOURS)) * bench.most(33)
+    captions, rows = [noun(colour, shape) for shape, colour in pairs], []
+    unseen = torch.tensor([(colour, shape) in UNSEEN for shape, colour in pairs])
+    cube = torch.tensor([shape == "cube" for shape, _ in pairs])
+    for name, x in conditions(bench, captions):
+        right, new = compare(captions[:len(x)], bench.judge.read(x)), unseen[:len(x)]
+        rows.append({"pictures from": name, "pictures": len(x), "seen, both %": right["all"][~new],
+                     "unseen, both %": right["all"][new],
+                     "cubes, both %": right["all"][cube[:len(x)]],
+                     "seen, colour %": right["colour"][~new],
+                     "seen, shape %": right["shape"][~new]})
         if name == "diffusion prior":
-            bench.figure("accuracy", pictures[:len(pairs)], len(COLOURS),
-                         "The first picture of each pair, by the diffusion prior.")
             wrong = (~right["all"]).nonzero()[:16, 0].tolist()
+            bench.figure("accuracy", x[:32], 8, "The first picture of each pair, by this prior.")
             if wrong:
-                bench.figure("mistakes", pictures[wrong], 8, "Its first mistakes. They should be "
+                bench.figure("mistakes", x[wrong], 8, "Its first mistakes. They should be "
                              f"{', '.join(captions[i] for i in wrong)}.")
     return rows
 
@@ -204,26 +205,26 @@ def accuracy(bench):
 def two(bench):
     """Two solids: which, where, and whose colour? (Sec. 7, Fig. 14 and 15.)
 
-    900 captions, as "a red cube on top of a blue cube". All right: both colours and shapes in their
-    places, and the relation. Set: the right ones, in whatever place. Swapped: both colours are
-    right, in the wrong places."""
+    Captions as "a red cube on top of a blue cube", in two colours. All right: both colours and
+    shapes in their places, and the relation. Set: the right ones, in whatever place. Swapped: both
+    colours are right, in the wrong places."""
     rng, captions, rows = random.Random(f"two/{bench.seed}"), [], []
     while len(captions) < bench.most(900):
         relation = rng.choice(["on top of", "left of", "right of"])
         a, b = (sample_scene(rng, {"relation": "alone"}).solids[0] for _ in range(2))
         if a.colour != b.colour and (relation != "on top of" or b.shape in ("cube", "cylinder")):
             captions.append(f"{noun(a.colour, a.shape)} {relation} {noun(b.colour, b.shape)}")
-    for name, pictures in conditions(bench, captions):
-        right = compare(captions[:len(pictures)], bench.judge.read(pictures))
-        rows.append({"pictures from": name, "pictures": len(pictures), "all right %": right["all"],
+    for name, x in conditions(bench, captions):
+        right = compare(captions[:len(x)], bench.judge.read(x))
+        rows.append({"pictures from": name, "pictures": len(x), "all right %": right["all"],
                      "colours %": right["colour"], "shapes %": right["shape"],
                      "relation %": right["relation"], "colours, set %": right["colour set"],
                      "shapes, set %": right["shape set"],
                      "colours swapped %": right["colour set"] & ~right["colour"]})
     asked = ["a red cube on top of a blue cube", "a blue cube on top of a red cube",
              "a red cube left of a blue cube", "a red cube right of a blue cube"]
-    y = [caption for caption in asked for _ in range(8)]
-    bench.figure("two", bench.draw(y, bench.z_i(y)), 8, f"Rows: {', '.join(asked)}.")
+    y = [caption for caption in asked for _ in range(bench.most(8))]
+    bench.figure("two", bench.draw(y, bench.z_i(y)), bench.most(8), f"Rows: {', '.join(asked)}.")
     return rows
 
 
@@ -232,25 +233,24 @@ def form_of_solids(bench):
 
     To each picture, the scene of the asked shape and colour is fitted that looks most like it: its
     place, size, yaw, light and floor. The table has the PSNR, in dB, of the picture and this scene,
-    at full size, in a box around the solid: a mean, with its 95 % interval. The first row is what
-    the fit itself loses, the second what the upsampler loses beyond. 25 pictures of each shape."""
+    at full size, in a box around the solid. The first row is what the fit itself loses, and the
+    last column says how far cubes are below it."""
     n, rows = bench.most(25), []
-    pairs = [pair for shape in SHAPES for pair in islice(cycle(
-        (shape, colour) for colour in COLOURS if (colour, shape) not in UNSEEN), n)]
+    pairs = [pair for shape in SHAPES for pair in (n * [
+        (shape, colour) for colour in COLOURS if (colour, shape) not in UNSEEN])[:n]]
     captions = [noun(colour, shape) for shape, colour in pairs]
     drawn = bench.enlarged(bench.draw(captions, bench.z_i(captions)))
     renders = bench.renders(captions, drawn.shape[-1])
-    pictures = {"renders": renders,
-                "renders, reduced and upsampled": bench.enlarged(reduced(renders)),
-                "drawn, by the diffusion prior": drawn}
-    for name, some in pictures.items():
-        decibels, fitted = form(some, pairs, bench.judge, seed=bench.seed)
-        rows.append({"pictures": name, **{
-            f"{shape}s": f"{x.mean():.1f} ± {1.96 * x.std() / n ** 0.5:.1f}"
-            for shape, x in zip(SHAPES, decibels.split(n))}})
-    cubes = slice(min(8, n))
-    bench.figure("form", torch.cat([drawn[cubes], fitted[cubes]]), len(drawn[cubes]),
-                 "Drawn cubes, and the scenes that fit them.")
+    for name, x in {"renders": renders,
+                    "renders, reduced and upsampled": bench.enlarged(reduced(renders)),
+                    "drawn, by the diffusion prior": drawn}.items():
+        decibels, fitted = form(x, pairs, bench.judge, seed=bench.seed)
+        own = decibels if name == "renders" else own
+        rows.append({"pictures": name, "of each shape": n,
+                     **{f"{shape}s": some for shape, some in zip(SHAPES, decibels.split(n))},
+                     "cubes, below renders": (own - decibels)[:n]})
+    shown = torch.cat([drawn[:min(8, n)], fitted[:min(8, n)]])
+    bench.figure("form", shown, min(8, n), "Drawn cubes, and the scenes that fit them.")
     return rows
 
 
@@ -262,27 +262,27 @@ def reduced(images):
 def variety(bench):
     """Does what "a cube" leaves open vary as in the data? (Sec. 5.1.)
 
-    Of 256 pictures, or 64, those that the judge calls a cube: the entropy of their colours (1: all
-    are equally frequent), how widely they stand, as a ratio to the data, and how many are large."""
+    Of the pictures that the judge calls a cube: the entropy of their colours (1: all are equally
+    frequent), how widely they stand, as a ratio to the data, and how many are large."""
     N, cube, rows = bench.most(256), "a cube", []
     data = bench.judge.read(bench.renders([cube] * 4 * N, first=N))["position"][:, 0].std(0)
-    for name, pictures in conditions(bench, [cube] * N):
-        seen = bench.judge.read(pictures)
-        k = (seen["count"] == 1) & (seen["shape"][:, 0] == SHAPES.index(cube[2:]))
+    for name, x in conditions(bench, [cube] * N):
+        seen = bench.judge.read(x)
+        k = (seen["count"] == 1) & (seen["shape"][:, 0] == SHAPES.index("cube"))
         across, down = (seen["position"][k, 0].std(0) / data).tolist()
-        rows.append({"pictures from": name, "cubes %": k,
+        rows.append({"pictures from": name, "pictures": len(x), "cubes %": k,
                      "entropy of colour": entropy(seen["colour"][k, 0], len(COLOURS)),
                      "spread, across": across, "spread, down": down,
                      "large %": seen["size"][k, 0] == SIZES.index("large")})
         if name == "diffusion prior":
-            bench.figure("variety", pictures[:32], 8, "\"a cube\", by the diffusion prior.")
+            bench.figure("variety", x[:32], 8, "\"a cube\", by the diffusion prior.")
     return rows
 
 
 def steps(bench):
     """How many, and how much fresh noise in each? (Sec. 2.1: 250 steps, eta 1.)
 
-    64 cubes, as "a red cube", on another seed than the tables above: this is for choosing."""
+    Cubes, as "a red cube", on another seed than the tables above: this is for choosing."""
     captions = [noun(colour, "cube") for colour in COLOURS] * bench.most(8)
     return choices(bench, captions, [{"eta": eta, "steps": n} for eta in (1.0, 0.0)
                                      for n in (8, 16, 32, 64, 128, 250)])
@@ -291,8 +291,7 @@ def steps(bench):
 def guidance(bench):
     """How much? (Sec. 2.1 and 5.3.)
 
-    One solid of each pair, eight times, on another seed than the tables above: this is for
-    choosing."""
+    One solid, of every pair, on another seed than the tables above: this is for choosing."""
     captions = [noun(colour, shape) for shape in SHAPES for colour in COLOURS] * bench.most(8)
     return choices(bench, captions, [{"guidance": s} for s in (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0)])
 
@@ -303,9 +302,10 @@ def choices(bench, captions, options):
     z_i = bench.z_i(captions)
     for how in options:
         began = time.time()
-        pictures = bench.draw(captions, z_i, **how)
-        rows.append({**how, "seconds a picture": (time.time() - began) / len(captions),
-                     "right %": compare(captions, bench.judge.read(pictures))["all"]})
+        x = bench.draw(captions, z_i, **how)
+        seconds = (time.time() - began) / len(x)
+        rows.append({**how, "pictures": len(x), "seconds a picture": seconds,
+                     "right %": compare(captions, bench.judge.read(x))["all"]})
     return rows
 
 
@@ -315,17 +315,18 @@ def choices(bench, captions, options):
 def clip(bench):
     """Is what it finds true? (App. C.)
 
-    500 validation pairs: for each picture the closest caption of all, and for each caption the
-    closest picture. True: of the scene's attributes. Many captions are true of a picture ("a cube",
-    "a photo of a red cube")."""
+    For each validation picture the closest of all their captions, and for each caption the closest
+    picture. True: of the scene's attributes. Many captions are true of a picture ("a cube", "a
+    photo of a red cube")."""
     split, rows = load("shapes", "validation", limit=bench.most(500)), []
     texts = sorted({captions[0] for captions in split.captions})
     score = (bench.encode(split.images) @ bench.z_t(texts).T).cpu()              # (N, texts)
     true = torch.tensor([[is_true(text, split.labels, i) for text in texts]
                          for i in range(len(split))])
-    for name, k in ("a picture of one solid", 1), ("a picture of two", 2), ("a caption", None):
-        k = split.labels["count"] == k if k else torch.ones(len(split), dtype=bool)
-        asked, answers = (score[k], true[k]) if "picture" in name else (score.T, true.T)
+    one = split.labels["count"] == 1
+    for name, asked, answers in (("a picture of one solid", score[one], true[one]),
+                                 ("a picture of two", score[~one], true[~one]),
+                                 ("a caption", score.T, true.T)):
         rows.append({"closest to": name, "asked": len(asked),
                      "true %": answers.gather(1, asked.argmax(1, keepdim=True)),
                      "by chance %": answers.float().mean().item()})
@@ -335,9 +336,9 @@ def clip(bench):
 def codes(bench):
     """What is lost of z_i in the AR prior's codes? (Sec. 2.2.)
 
-    Of 1,000 validation renders, as a share of their variance, by the number of buckets. Axes and
-    buckets come from 5,000 training renders. The paper's rule keeps the fewest axes that lose less
-    than 1 % of these."""
+    Of validation renders, as a share of their variance, by the number of buckets. Axes and buckets
+    come from training renders. The paper's rule keeps the fewest axes that lose less than 1 % of
+    these."""
     train, z_i = (bench.encode(load("shapes", split, limit=bench.most(N)).images)
                   for split, N in (("train", 5000), ("validation", 1000)))
     clip, rows = bench.unclip.clip, []
@@ -350,8 +351,8 @@ def codes(bench):
             code.fit(clip.whiten(train)[:, :k])
             kept = code.decode(code.encode(kept))
         lost = clip.unwhiten(F.pad(kept, (0, len(variances) - k))) - z_i
-        rows.append({"axes": k, "variance %": (variances[:k].sum() / variances.sum()).item(),
-                     "buckets": buckets,
+        rows.append({"renders": len(z_i), "axes": k, "buckets": buckets,
+                     "variance %": (variances[:k].sum() / variances.sum()).item(),
                      "lost %": (lost.square().sum() / (z_i - z_i.mean(0)).square().sum()).item()})
     return rows
 
@@ -359,24 +360,26 @@ def codes(bench):
 def priors(bench):
     """Do they draw from p(z_i | y)? (Sec. 2.2.)
 
-    30 captions, 128 samples and 128 renders of each. Spread: the mean tr Cov(z_i | y), as a ratio
-    to the renders'. Energy distance: from the renders, as a ratio to that of a point at their mean,
-    the best a regressor could do; for z_i as they are, and whitened. Own caption: of how many z_i
-    the closest z_t is their caption's. Best of two, and dots from the upper half, are the defaults
-    in drawing: they trade spread for fit, on purpose."""
+    As many samples as renders of each caption. Spread: tr Cov(z_i | y), as a ratio to the renders'.
+    Energy distance: from the renders, as a ratio to that of a point at their mean, the best a
+    regressor could do; for z_i as they are, and whitened. Own caption: of how many z_i the closest
+    z_t is their caption's. Best of two, and dots from the upper half, are the defaults in drawing:
+    they trade spread for fit, on purpose. The intervals are over captions."""
     captions = list(dict.fromkeys(item("validation", i)[1][0] for i in range(500)))[:bench.most(30)]
-    n, whiten, rows = bench.most(128), bench.unclip.clip.whiten, []
+    n, rows = bench.most(128), []
     y, z_t = [y for y in captions for _ in range(n)], bench.z_t(captions)
     real, again = (bench.encode(bench.renders(y, first=k)).unflatten(0, (-1, n))
                    for k in (0, len(y)))                                         # (captions, n, D)
     point = real.mean(1, keepdim=True).repeat(1, 2, 1)                           # two equal ones
-    ratio = lambda f, z_i: (energy_distance(f(real), f(z_i)).mean()
-                            / energy_distance(f(real), f(point)).mean()).item()
+    views = {"raw": lambda z: z, "whitened": bench.unclip.clip.whiten}
+    worst = {key: energy_distance(f(real), f(point)) for key, f in views.items()}
 
     def add(name, z_i):                                                          # (captions, n, D)
         own = (z_i @ z_t.T).argmax(-1).cpu() == torch.arange(len(z_t))[:, None]
-        rows.append({"z_i from": name, "spread": (spread(z_i).mean() / spread(real).mean()).item(),
-                     "energy distance": ratio(lambda z: z, z_i), "whitened": ratio(whiten, z_i),
+        rows.append({"z_i from": name, "captions": len(z_i), "z_i of each": z_i.shape[1],
+                     "spread": ratio(spread(z_i), spread(real)),
+                     **{f"energy distance, {key}": ratio(
+                         energy_distance(f(real), f(z_i)), worst[key]) for key, f in views.items()},
                      "own caption %": own, "z_t·z_i": (z_i * z_t[:, None]).sum(-1).mean().item()})
 
     add("other renders of the caption", again)
@@ -395,6 +398,38 @@ def priors(bench):
 # a part, but in the decoder's own pictures that are upsampled.
 
 
+def upsampler(bench):
+    """What does it add? (Sec. 2.1.)
+
+    To validation renders, and to what the decoder draws of their z_i and captions. The small
+    renders are area means of the large ones, with which PSNR and sharpness (gradient energy, as a
+    ratio) compare."""
+    factor = bench.unclip.part("upsampler").config.factor
+    split = load("shapes", "validation", 32 * factor, limit=bench.most(200))
+    large, small, rows = split.images, reduced(split.images), []
+    drawn = bench.draw([captions[0] for captions in split.captions], bench.encode(small))
+    with FlopCounterMode(display=False) as counter:
+        bench.enlarged(small[[0] * 4])                   # the upsampler works on four at a time
+    blocks, bicubic = (lambda x, mode=mode: to_uint8(F.interpolate(
+        to_float(x), scale_factor=float(factor), mode=mode)) for mode in ("nearest", "bicubic"))
+    pictures = {"renders": large, "renders, small": small, "bicubic": bicubic(small),
+                "upsampled": bench.enlarged(small), "drawn": drawn,
+                "drawn, upsampled": bench.enlarged(drawn)}
+    for name, x in pictures.items():
+        row = {"pictures": name, "of": len(x),
+               "solids right %": same(bench.judge.read(x), split.labels)}
+        if name in ("bicubic", "upsampled"):
+            row |= {"PSNR, dB": psnr(x, large),
+                    "sharpness": ratio(gradient_energy(x), gradient_energy(large))}
+        if name == "upsampled":
+            row["GFLOP a picture"] = counter.get_total_flops() / 4e9
+        rows.append(row)
+    bench.strips("upsampler", (blocks(small), bicubic(small), pictures["upsampled"], large,
+                               blocks(drawn), bicubic(drawn), pictures["drawn, upsampled"]),
+                 "Small, bicubic, upsampled, render; drawn: small, bicubic, upsampled.")
+    return rows
+
+
 def renders_and_others(bench, N, alone=True):
     """N validation renders, and for each another, whose first solid has neither the colour nor the
     shape: twice (pictures, labels). alone: only renders of one solid."""
@@ -408,70 +443,46 @@ def renders_and_others(bench, N, alone=True):
             for i in (pool[:N], other)]
 
 
-def changes(bench, images, before):
+def decoded(bench, latents, measure):
+    """Decode each (cells, z_i, x_T, options of Bench.decode) → a row of the cells and of what
+    measure(pictures, the judge's reading) adds, for each; and all the pictures."""
+    rows, shown = [], []
+    for cells, z_i, x_T, how in latents:
+        x = bench.decode(z_i, x_T, **how)
+        rows.append({**cells, "pictures": len(x), **measure(x, bench.judge.read(x))})
+        shown.append(x)
+    return rows, shown
+
+
+def changes(x, seen, before, saw):
     """Cells of a row: how far only solids moved; how much the corners, mostly floor, changed."""
-    seen, saw = bench.judge.read(images), bench.judge.read(before)
     one = (seen["count"] == 1) & (saw["count"] == 1)
-    way = 16 * (seen["position"] - saw["position"])[one, 0].norm(dim=-1).mean()
-    corners = (images.float() - before.float())[:, :, [0, 0, -1, -1], [0, -1, 0, -1]].abs().mean()
-    return {"moved, of 32 pixels": f"{way:.2f}", "floor, of 255": f"{corners:.1f}"}
-
-
-def upsampler(bench):
-    """What does it add? (Sec. 2.1.)
-
-    200 validation renders, and what the decoder draws of their z_i and captions. The small renders
-    are area means of the large ones, with which PSNR and sharpness (gradient energy, as a ratio)
-    compare."""
-    factor = bench.unclip.part("upsampler").config.factor
-    large = load("shapes", "validation", 32 * factor, limit=bench.most(200))
-    small, rows = reduced(large.images), []
-    drawn = bench.draw([captions[0] for captions in large.captions], bench.encode(small))
-    with FlopCounterMode(display=False) as counter:
-        bench.enlarged(small[:1])
-    blocks, bicubic = (lambda x, mode=mode: to_uint8(F.interpolate(
-        to_float(x), scale_factor=float(factor), mode=mode)) for mode in ("nearest", "bicubic"))
-    pictures = {"renders": large.images, "renders, small": small, "bicubic": bicubic(small),
-                "upsampled": bench.enlarged(small), "drawn": drawn,
-                "drawn, upsampled": bench.enlarged(drawn)}
-    for name, x in pictures.items():
-        rows.append({"pictures": name, "solids right %": same(bench.judge.read(x), large.labels)})
-        if name in ("bicubic", "upsampled"):
-            sharp = gradient_energy(x).mean() / gradient_energy(large.images).mean()
-            rows[-1] |= {"PSNR, dB": f"{psnr(x, large.images).mean():.1f}",
-                         "sharpness": sharp.item()}
-        if name == "upsampled":
-            rows[-1]["GFLOP"] = f"{counter.get_total_flops() / 1e9:.1f}"
-    bench.strips("upsampler", (blocks(small), bicubic(small), pictures["upsampled"], large.images,
-                               blocks(drawn), bicubic(drawn), pictures["drawn, upsampled"]),
-                 "Small, bicubic, upsampled, render; drawn: small, bicubic, upsampled.")
-    return rows
+    way = 16 * (seen["position"] - saw["position"])[one, 0].norm(dim=-1)
+    corners = (x.float() - before.float())[:, :, [0, 0, -1, -1], [0, -1, 0, -1]].abs()
+    return {"moved, of 32 pixels": way, "floor, of 255": corners.mean((1, 2))}
 
 
 def reconstruct(bench):
     """Is (z_i, x_T) a picture's latent, and does z_i matter in it? (Sec. 3.)
 
-    200 validation renders to latents and back; as controls, with one of the two exchanged. The
-    other picture's first solid has neither the colour nor the shape: a decoder that draws it from
-    this one's x_T uses z_i. White noise has std 1."""
-    N, rows, shown = bench.most(200), [], []
-    (images, labels), (others, theirs) = renders_and_others(bench, N, alone=False)
-    random_x_T = bench.unclip.noise(bench.seed, range(N), "decoder")()
-    for steps in 25, 100, 50:
-        z_i, x_T = bench.latents(images, steps)
-        ways = {"z_i, x_T": (z_i, x_T), "z_i, random x_T": (z_i, random_x_T),
-                "the other's z_i, x_T": (bench.encode(others), x_T)}
-        for name, latent in list(ways.items())[:3 if steps == 50 else 1]:
-            x = bench.decode(*latent, steps)
-            seen, decibels = bench.judge.read(x), psnr(x, images)
-            shown.append(x)
-            rows.append({"decoded from": name, "steps": steps,
-                         "PSNR, dB": f"{decibels.median():.1f}",
-                         "its lowest tenth": f"{decibels.quantile(0.1):.1f}",
-                         "judged as itself %": same(seen, labels),
-                         "judged as the other %": same(seen, theirs),
-                         "std of x_T": latent[1].std().item()})
-    bench.strips("reconstruct", (images, *shown[-3:], others),
+    Validation renders to latents and back; as controls, with one of the two exchanged. The other
+    picture's first solid has neither the colour nor the shape: a decoder that draws it from this
+    one's x_T uses z_i. White noise has std 1."""
+    (images, labels), (others, theirs) = renders_and_others(bench, bench.most(200), alone=False)
+    z_i, x_T = bench.latents(images)
+    noise = bench.unclip.noise(bench.seed, range(len(images)), "decoder")()
+
+    def measure(x, seen):
+        decibels = psnr(x, images)
+        return {"PSNR, dB": decibels.median().item(),
+                "its lowest tenth": decibels.quantile(0.1).item(),
+                "judged as itself %": same(seen, labels),
+                "judged as the other %": same(seen, theirs)}
+    rows, shown = decoded(bench, [
+        ({"decoded from": name, "std of x_T": some[1].std().item()}, *some, {}) for name, some in (
+            ("z_i, x_T", (z_i, x_T)), ("z_i, random x_T", (z_i, noise)),
+            ("the other's z_i, x_T", (bench.encode(others), x_T)))], measure)
+    bench.strips("reconstruct", (images, *shown, others),
                  "Render, reconstruction, random x_T, the other's z_i, the other.")
     return rows
 
@@ -479,40 +490,43 @@ def reconstruct(bench):
 def vary(bench):
     """What stays is what z_i holds. (Sec. 3.1, Fig. 3.)
 
-    One of each of 350 validation renders, at every eta. Kept: the solids are there, each in its
-    colour and shape. The last row is how unrelated renders differ."""
+    One of each validation render, at every eta. Kept: the solids are there, each in its colour and
+    shape. The last row is how unrelated renders differ."""
     (images, labels), _ = renders_and_others(bench, bench.most(350), alone=False)
-    z_i, x_T = bench.latents(images)
-    one, rows = labels["count"] == 1, []
-    for eta in 0.0, 0.25, 0.5, 0.75, 1.0, "another render":
-        x = images.roll(1, 0) if eta == "another render" else bench.decode(z_i, x_T, eta=eta)
-        kept = same(bench.judge.read(x), labels)
-        rows.append({"eta": f"{eta}", "one solid, kept %": kept[one],
-                     "two, both kept %": kept[~one], **changes(bench, x, images)})
-    bench.strips("vary", [images, *(replace(bench, seed=bench.seed + k).decode(
-        z_i[:6], x_T[:6], eta=1.0) for k in range(7))], "A render, and variations at eta 1.")
+    (z_i, x_T), one, saw = bench.latents(images), labels["count"] == 1, bench.judge.read(images)
+
+    def measure(x, seen):
+        kept = same(seen, labels)
+        return {"one solid, kept %": kept[one], "two, both kept %": kept[~one],
+                **changes(x, seen, images, saw)}
+    rows, shown = decoded(bench, [({"eta": eta}, z_i, x_T, {"eta": eta})
+                                  for eta in (0.0, 0.25, 0.5, 0.75, 1.0)], measure)
+    x = images.roll(1, 0)
+    rows.append({"eta": "another render", "pictures": len(x), **measure(x, bench.judge.read(x))})
+    more = [replace(bench, seed=bench.seed + k).decode(z_i[:6], x_T[:6], eta=1.0)
+            for k in range(1, 7)]
+    bench.strips("vary", (images, shown[-1], *more), "A render, and variations at eta 1.")
     return rows
 
 
 def interpolate(bench):
     """What lies between two pictures? (Sec. 3.2, Fig. 4.)
 
-    From A to B, 200 pairs of renders of one solid, which differ in colour and in shape, along slerp
-    of z_i. x_T is slerped as well, or one noise serves all. Sharpness: gradient energy, as a ratio
-    to that of the renders."""
+    From A to B, two renders of one solid, which differ in colour and in shape, along slerp of z_i.
+    x_T is slerped as well, or one noise serves all. Sharpness: gradient energy, as a ratio to that
+    of the renders."""
     (images, labels), (others, theirs) = renders_and_others(bench, bench.most(200))
     (z_a, x_a), (z_b, x_b) = bench.latents(images), bench.latents(others)
-    noise = bench.unclip.noise(bench.seed, [0], "decoder")().expand_as(x_a)
-    sharp, rows = gradient_energy(torch.cat([images, others])).mean(), []
-    for figure, way, start, end in (("interpolate", "slerped", x_a, x_b),
-                                    ("interpolate-noise", "one noise", noise, noise)):
-        frames = [bench.decode(slerp(z_a, z_b, k / 6), slerp(start, end, k / 6)) for k in range(7)]
-        for k, x in enumerate(frames):
-            seen = bench.judge.read(x)
-            rows.append({"x_T": way, "t": f"{k}/6", "judged A %": same(seen, labels),
-                         "judged B %": same(seen, theirs),
-                         "sharpness": (gradient_energy(x).mean() / sharp).item()})
-        bench.strips(figure, frames, f"From A to B, x_T: {way}.")
+    noise = bench.one_noise(len(images))
+    sharp = (gradient_energy(images) + gradient_energy(others)) / 2
+    measure = lambda x, seen: {"judged A %": same(seen, labels), "judged B %": same(seen, theirs),
+                               "sharpness": ratio(gradient_energy(x), sharp)}
+    rows, shown = decoded(bench, [
+        ({"x_T": way, "t": f"{k}/6"}, slerp(z_a, z_b, k / 6), slerp(start, end, k / 6), {})
+        for way, start, end in (("slerped", x_a, x_b), ("one noise", noise, noise))
+        for k in range(7)], measure)
+    bench.strips("interpolate", shown[:7], "From A to B, x_T slerped.")
+    bench.strips("interpolate-noise", shown[7:], "From A to B, x_T one noise.")
     return rows
 
 
@@ -521,55 +535,49 @@ def edit(bench):
 
     A solid's colour is to change and its shape to stay, or the other way round, by turns. z_i turns
     by a fraction θ towards norm(z_t − z_t0): z_t of the new caption, z_t0 of "a photo" or of the
-    present caption. x_T stays. The chosen θ did best on 100 renders, the rows are of 200 others.
-    Control: the text diff of another picture."""
-    apart, N = bench.most(100), 3 * bench.most(100)
-    (images, labels), _ = renders_and_others(bench, N)
+    present caption. x_T stays. Control: the text diff of another picture."""
+    (images, labels), _ = renders_and_others(bench, bench.most(200))
     now = [(list(COLOURS)[c], SHAPES[s])
            for c, s in zip(labels["colour"][:, 0], labels["shape"][:, 0])]
     pairs, rng = set(product(COLOURS, SHAPES)) - UNSEEN, random.Random(f"edit/{bench.seed}")
     new = [rng.choice(sorted(p for p in pairs if p != pair and p[1 - i % 2] == pair[1 - i % 2]))
            for i, pair in enumerate(now)]
     present, to = ([noun(*pair) for pair in some] for some in (now, new))
-    (z_i, x_T), reshaped, rows = bench.latents(images), torch.arange(apart, N) % 2 == 1, []
-    z_d = {"\"a photo\"": bench.unclip.text_diff(to, ["a photo"]),
-           "the present caption": bench.unclip.text_diff(to, present)}
-    z_d["another picture's diff"] = z_d["the present caption"].roll(2, 0)
-    shown, success, thetas = [images[apart:]], [], (0.1, 0.2, 0.3, 0.4, 0.5)
-    for base, theta in [*product(list(z_d)[:2], thetas), (list(z_d)[2], thetas[-1])]:
-        x = bench.decode(slerp(z_i, z_d[base], theta), x_T)
-        right = compare(to, bench.judge.read(x))["all"]
-        shown.append(x[apart:])
-        success.append(right[:apart].sum().item())
-        rows.append({"from": base, "θ": f"{theta}",
-                     "colour changed, shape kept %": right[apart:][~reshaped],
-                     "shape changed, colour kept %": right[apart:][reshaped],
-                     **changes(bench, x[apart:], images[apart:])})
-    for k in 0, 5:
-        rows[max(range(k, k + 5), key=success.__getitem__)]["θ"] += " (chosen)"
-    bench.strips("edit", (shown[0], *shown[6:11]), "A render, and θ 0.1 to 0.5 from the present "
-                 f"caption, to become {', '.join(to[apart:apart + 6])}.")
+    near, photo = (bench.unclip.text_diff(to, base) for base in (present, ["a photo"]))
+    ways = [(base, z_d, theta) for base, z_d in (("the present caption", near), ("a photo", photo))
+            for theta in (0.1, 0.2, 0.3, 0.4, 0.5)] + [("another's diff", near.roll(2, 0), 0.5)]
+    (z_i, x_T), saw = bench.latents(images), bench.judge.read(images)
+    reshaped = torch.arange(len(to)) % 2 == 1
+
+    def measure(x, seen):
+        right = compare(to, seen)["all"]
+        return {"colour changed, shape kept %": right[~reshaped],
+                "shape changed, colour kept %": right[reshaped], **changes(x, seen, images, saw)}
+    rows, shown = decoded(bench, [({"from": base, "θ": theta}, slerp(z_i, z_d, theta), x_T, {})
+                                  for base, z_d, theta in ways], measure)
+    bench.strips("edit", (images, *shown[:5]), "A render, and θ 0.1 to 0.5 from the present "
+                 f"caption, to become {', '.join(to[:6])}.")
     return rows
 
 
 def pca(bench):
     """What do the first principal axes of z_i hold? (Sec. 4, Fig. 7.)
 
-    z_i of 200 validation renders on its first k axes, decoded from one noise. With no axes it is
-    the mean z_i. The paper finds the coarse meaning first, and details later."""
+    z_i of validation renders on its first k axes, decoded from one noise. With no axes it is the
+    mean z_i. The paper finds the coarse meaning first, and details later."""
     (images, labels), _ = renders_and_others(bench, bench.most(200), alone=False)
     one, mean, z_i = labels["count"] == 1, bench.unclip.clip.mean, bench.encode(images)
-    variances = (z_i - mean).square().mean(0)
-    noise = bench.unclip.noise(bench.seed, [0], "decoder")().expand(len(images), -1, -1, -1)
-    rows, shown = [], []
-    for k in [0] + [2 ** j for j in range(len(variances).bit_length())]:
-        shown.append(bench.decode(torch.cat([z_i[:, :k], mean[k:].expand(len(z_i), -1)], 1), noise))
-        seen = bench.judge.read(shown[-1])
-        rows.append({"axes": k, "variance %": (variances[:k].sum() / variances.sum()).item(),
-                     **{f"one solid, {key} %": (seen[key] == labels[key])[one].all(1)
-                        for key in ("colour", "shape", "size")},
-                     "two, colours and shapes %": same(seen, labels)[~one],
-                     "relation %": (seen["relation"] == labels["relation"])[~one]})
+    noise, variances = bench.one_noise(len(images)), (z_i - mean).square().mean(0)
+
+    def measure(x, seen):
+        return {**{f"one solid, {key} %": (seen[key] == labels[key])[one].all(1)
+                   for key in ("colour", "shape", "size")},
+                "two, colours and shapes %": same(seen, labels)[~one],
+                "relation %": (seen["relation"] == labels["relation"])[~one]}
+    rows, shown = decoded(bench, [
+        ({"axes": k, "variance %": (variances[:k].sum() / variances.sum()).item()},
+         torch.cat([z_i[:, :k], mean[k:].expand(len(z_i), -1)], 1), noise, {})
+        for k in [0] + [2 ** j for j in range(len(variances).bit_length())]], measure)
     bench.strips("pca", (*shown[1:], images), "1, 2, 4, … axes, and the render.")
     return rows
 
@@ -582,8 +590,8 @@ def cifar10(bench):
 
     What CLIP and a classifier see in real pictures, and the classifier in drawn ones; it shares no
     weight with unCLIP. CLIP picks the closest of ten captions, as "a photo of a frog". Fréchet: the
-    distance, in the classifier's features, from the 50,000 training pictures; few pictures are
-    farther away than many, so compare equal numbers."""
+    distance, in the classifier's features, from the training pictures; few pictures are farther
+    away than many, so compare equal numbers."""
     train, test = (load("cifar10", split, limit=bench.most(50_000), data_dir=bench.data_dir)
                    for split in ("train", "validation"))
     judge = load_judge(bench.weights, "classifier", bench.unclip.device, bench.data_dir)
@@ -609,7 +617,7 @@ def cifar10(bench):
         add(f"{name} prior", images, asked)
         bench.figure(f"cifar10-{name}", images.unflatten(0, (10, n))[:, :8].flatten(0, 1),
                      min(8, n), f"By the {name} prior, rows: {', '.join(CIFAR_CLASSES)}.")
-    add("z_t in place of z_i", bench.draw(y, bench.z_t(y)), asked)
+    add("z_t in place of z_i", bench.draw(y, bench.z_i(y, "text")), asked)
     add("caption only", bench.draw(y, None), asked)
     return rows
 
@@ -626,8 +634,8 @@ def overfit(bench):
     each = torch.stack([psnr(drawn, image) for image in images], 1)      # (results, pictures)
     bench.strips("overfit", (images, drawn), "Pictures, and what comes back.")
     return [{"pictures": N, "own closest %": each.argmax(1) == torch.arange(N),
-             "PSNR, dB": f"{each.diagonal().median():.1f}",
-             "to another": f"{each.roll(1, 1).diagonal().median():.1f}"}]
+             "PSNR, dB": each.diagonal().median().item(),
+             "to another": each.roll(1, 1).diagonal().median().item()}]
 
 
 # ---- The page and the command --------------------------------------------------------------------
@@ -641,20 +649,29 @@ REAL = {"cifar10": {"cifar10"}, "overfit": {"coco", "folder"}}    # on these; th
 HEAD = """# Results
 
 Written by `python evaluate.py`; an experiment that runs again replaces its own section. Shares are
-in %, with their 95 % intervals (Wilson). Every picture has noise of its own.
+in %. Behind a share stands its 95 % interval (Wilson), behind a mean ± half of its own. Every
+picture has noise of its own.
 """
+
+
+def mean(x):
+    """The mean of a tensor with its 95 % interval, as text; of bools the share of what is true."""
+    if not x.numel():
+        return "–"
+    if x.dtype != torch.bool:
+        return f"{x.mean():.3g} ± {1.96 * x.std() / len(x) ** 0.5:.2g}"
+    low, high = wilson(x.flatten())
+    return f"{100 * x.float().mean():.1f} ({100 * low:.1f}–{100 * high:.1f})"
 
 
 def table(rows):
     """Rows, dicts of what stands in which column, as Markdown."""
     def cell(key, value):
-        if torch.is_tensor(value) and not value.numel():
-            return "–"
         if torch.is_tensor(value):
-            low, high = wilson(value.flatten())
-            return f"{100 * value.float().mean():.1f} ({100 * low:.1f}–{100 * high:.1f})"
+            return mean(value)
         if isinstance(value, float):
-            return f"{100 * value:.1f}" if key.endswith("%") else f"{value:.3g}"
+            text = f"{100 * value:.1f}" if key.endswith("%") else f"{value:.3g}"
+            return text.replace("nan", "–")                              # where nothing was seen
         return f"{value:,}" if isinstance(value, int) else str(value)
     columns = list(dict.fromkeys(key for row in rows for key in row))
     lines = [columns, ["---"] * len(columns)]

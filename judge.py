@@ -32,8 +32,9 @@ class JudgeConfig:
 
 
 class Judge(nn.Module):
-    """Reads pictures of shapes: relation, and for both slots shape, colour, size and position, as
-    shapes.labels_of tells them. Or it is a classifier of photos, with one head and other layers."""
+    """Reads pictures of shapes: it answers what shapes.labels_of knows, that is the relation, and
+    for both solids shape, colour, size and position. With another config it classifies photos: it
+    has one head then, and other layers."""
 
     HEADS = {"relation": (len(RELATIONS),), "shape": (2, len(SHAPES)), "colour": (2, len(COLOURS)),
              "size": (2, len(SIZES)), "position": (2, 2)}
@@ -51,7 +52,7 @@ class Judge(nn.Module):
         return {key: part.unflatten(1, self.heads[key]) for key, part in zip(self.heads, parts)}
 
     def loss(self, x, labels):
-        """Cross-entropies, and a squared error of positions; absent solids count nowhere."""
+        """Cross-entropies, and a squared error of positions, of the solids that are there."""
         total = 0
         for key, out in self(x).items():
             if key == "position":
@@ -63,7 +64,7 @@ class Judge(nn.Module):
 
     @torch.no_grad()
     def read(self, images, batch=500):
-        """uint8 (N, 3, H, W), H a multiple of 32 → what it sees, in the form of the labels."""
+        """uint8 (N, 3, H, W), H a multiple of 32 → what it sees, like labels_of."""
         device, H = self.head.weight.device, images.shape[-1]
         assert H % 32 == 0, f"pictures of {H} pixels have no whole area means of 32"
         outs = [self(F.avg_pool2d(to_float(some.to(device)), H // 32))
@@ -106,13 +107,14 @@ def photo_layers():
         nn.AdaptiveMaxPool2d(1), nn.Flatten()), 128
 
 
-def train_judge(judge, images, labels, vary, steps, batch_size=128, seed=0):
-    """Train on uint8 images (N, 3, 32, 32); vary(x) changes a batch as the judge shall not mind."""
+def train_judge(judge, images, labels, vary, steps, batch_size=128):
+    """Train on uint8 images (N, 3, 32, 32). vary(x) changes a batch in ways that the judge must
+    learn to overlook."""
     device = judge.head.weight.device
     images, labels = images.to(device), {key: v.to(device) for key, v in labels.items()}
     optimizer = torch.optim.AdamW(judge.train().parameters(), lr=3e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     for _ in tqdm(range(steps), "training a judge"):
         i = torch.randint(len(images), (batch_size,), device=device)
         loss = judge.loss(vary(to_float(images[i])), {key: v[i] for key, v in labels.items()})
@@ -124,7 +126,7 @@ def train_judge(judge, images, labels, vary, steps, batch_size=128, seed=0):
 
 
 def noisy(x):
-    """What a decoder draws may be a little noisy and off in tone: that must not confuse a judge."""
+    """A batch with some noise and other brightness, as the decoder's pictures may have."""
     rand = lambda f: f(len(x), 1, 1, 1, device=x.device)
     return (x + 0.1 * rand(torch.rand) * torch.randn_like(x)) * (1 + 0.05 * rand(torch.randn))
 
@@ -136,12 +138,12 @@ def moved(x, most=4):
     return F.pad(x, [most] * 4, mode="replicate")[..., dy:dy + x.shape[2], dx:dx + x.shape[3]]
 
 
-def judge_scenes(N, seed=0):
+def judge_scenes(N):
     """N scenes to train a judge on. The unseen pairs occur too: a judge that never saw a purple
     cylinder would share the habits of the models that it judges."""
     scenes = []
     for i in range(N):
-        rng = random.Random(f"judge/{seed}/{i}")
+        rng = random.Random(f"judge/0/{i}")
         scenes.append(sample_scene(rng))
         for solid in scenes[-1].solids:
             solid.colour = rng.choice(list(COLOURS))
@@ -176,10 +178,10 @@ def load_judge(folder, part="judge", device="cpu", data_dir=None):
 def compare(captions, seen):
     """What of each caption is right in its picture: a dict of bool (N,).
 
-    captions name all shapes and colours; seen: the judge's reading of one picture for each.
-    "colour" and "shape" ask for each solid's own, and for no solid more. "… set" asks for the same
-    ones in any place: where the set is right and the places are not, they are bound to the wrong
-    solid (paper, sec. 7).
+    captions name all shapes and colours; seen is the judge's reading of one picture for each.
+    "colour" is true if each solid has its own colour and there is no other solid. "colour set" is
+    true if the colours are there, in whatever place: if the set is right and "colour" is not, the
+    colours are bound to the wrong solids (paper, sec. 7). "shape" and "shape set" likewise.
     """
     given = [parse_caption(caption) for caption in captions]
     relation = torch.tensor([RELATIONS.index(scene["relation"]) for scene in given])
@@ -208,6 +210,13 @@ def wilson(right):
     return (middle - half) / (1 + z * z / N), (middle + half) / (1 + z * z / N)
 
 
+def ratio(x, to):
+    """x, to (N,) → (N,) numbers with the mean E x / E to, and with that ratio's uncertainty (the
+    delta method): their own 95 % interval is the ratio's."""
+    r = x.mean() / to.mean()
+    return r + (x - r * to) / to.mean()
+
+
 def psnr(a, b):
     """Peak signal-to-noise ratio of uint8 pictures (N, 3, H, W) → (N,), in dB."""
     return 10 * torch.log10(255 ** 2 / (a.float() - b.float()).square().mean((1, 2, 3)))
@@ -233,8 +242,8 @@ def spread(x):
 def energy_distance(x, y):
     """2E|X-Y| - E|X-X'| - E|Y-Y'| of samples x (…, n, D), y (…, m, D) → (…,), without bias.
 
-    Its mean is 0 if the distributions are the same, and only then (Székely & Rizzo 2013). A point
-    is a sample of two equal ones.
+    Its mean is 0 if the distributions are the same, and only then (Székely & Rizzo 2013). To
+    compare with a single point, give it twice: one sample has no pairs.
     """
     def distances(a, b):
         return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
@@ -259,10 +268,10 @@ def frechet(x, y):
 # A judge also recognises a dented cube. So form is measured by analysis by synthesis: of all scenes
 # of the asked shape and colour, which one looks most like the picture, and how much does it differ?
 
-# A scene of one solid as nine numbers: x and y, the centre of its outline; k; yaw; azimuth and
-# height of the light; and r, g, b, the floor's tint. AROUND: how far around a first guess the
-# search begins. LOW, HIGH: what the tracer can draw. The solid has a size and stands in the
-# picture, and the light is not so high that it looks down into a cone.
+# A scene of one solid is nine numbers: x and y, the centre of its outline; k; yaw; azimuth and
+# height of the light; and r, g, b, the floor's tint. The search begins within AROUND of a first
+# guess, and stays between LOW and HIGH: the tracer can't draw a solid outside the picture, nor a
+# light so high that it looks down into a cone.
 AROUND = torch.tensor([0.08, 0.08, 0.08, math.pi / 4, 1.3, 0.15, 0.05, 0.05, 0.05])
 LOW = torch.tensor([-1, -1, 0.12, -9, -9, 0.6, 0, 0, 0])
 HIGH = torch.tensor([1, 1, 0.7, 9, 9, 1.0, 1, 1, 1])
@@ -293,9 +302,9 @@ def first_guess(images, judge):
 def fit_scenes(images, asked, judge, candidates=24, plan=((32, 16), (64, 6)), seed=0):
     """uint8 (N, 3, S, S), and N pairs (shape, colour) → for each the Scene most like the picture.
 
-    Differential evolution (Storn & Price 1997): each candidate of a picture tries a step towards the
+    Differential evolution (Storn & Price 1997): each candidate tries a step towards the picture's
     best one, plus the difference of two others, and takes it if the picture looks more like that.
-    The steps become small by themselves, as the candidates gather. plan: pixels and generations. It
+    Steps become small by themselves, as the candidates gather. plan: pixels and generations. It
     ends with more pixels, because the tracer's few rays a pixel are no exact area means.
     """
     N, S, g = len(images), images.shape[-1], torch.Generator().manual_seed(seed)
@@ -328,7 +337,7 @@ def form(images, asked, judge, **search):
     """uint8 (N, 3, S, S), S a multiple of 32, and N pairs (shape, colour) → PSNR (N,), in dB, of
     each picture and the scene that fits it, in a box around the solid; and the scenes' renders.
 
-    What the fit itself loses is seen on renders.
+    The fit itself is not exact: form of renders says how much it loses.
     """
     S, decibels = images.shape[-1], []
     scenes = fit_scenes(images, asked, judge, **search)
