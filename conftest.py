@@ -18,6 +18,23 @@ def shake(model, by=0.05):
     return model
 
 
+def normal(*shape, seed=0):
+    """A function that returns the next standard normal tensor of this shape."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda: torch.randn(shape, generator=generator)
+
+
+def learn(model, loss, steps, lr):
+    """Train the model by loss() for a few steps; the learning rate rises at once and falls late."""
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 10, 3 * (1 - step / steps))
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+    return model.eval().requires_grad_(False)
+
+
 def tiny_parts():
     """Every part, tiny and untrained, with one CLIP and its tokenizer: {part: model}."""
     from clip_tiny import CLIP, CLIPConfig, Tokenizer

@@ -6,16 +6,11 @@ import torch
 import torch.nn.functional as F
 
 from clip_tiny import EOT, PAD, SOT, Attention
-from conftest import shake
-from decoder import (Decoder, DecoderConfig, ImageAttention, UNet, Upsampler, UpsamplerConfig, blur,
-                     crop)
+from conftest import learn, normal, shake
+from decoder import Decoder, DecoderConfig, ImageAttention, Upsampler, UpsamplerConfig, blur, crop
 
 TOKENS = torch.tensor([[SOT, 5, 6, EOT], [SOT, 7, 8, EOT]])
-
-
-def normal(*shape, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return lambda: torch.randn(shape, generator=generator)
+X_T, Z_I, OTHER_Z_I = normal(1, 3, 8, 8)(), normal(1, 8, seed=1)(), normal(1, 8, seed=2)()
 
 
 def decoder():
@@ -29,50 +24,26 @@ def upsampler(**changes):
     return Upsampler(UpsamplerConfig(channels=(8, 8), blocks=(1, 1), width=16, **changes))
 
 
-X_T, Z_I, OTHER_Z_I = normal(1, 3, 8, 8)(), normal(1, 8, seed=1)(), normal(1, 8, seed=2)()
-
-
 def ask(model, x_t=X_T, t=300, z_i=Z_I, tokens=TOKENS[:1]):
     """The decoder's answer to one picture, with some of the inputs changed."""
     return model(x_t, torch.full((len(x_t),), t), z_i, tokens)
 
 
-# ---- The UNet ------------------------------------------------------------------------------------
+# ---- The networks --------------------------------------------------------------------------------
 
-def test_the_unet_keeps_height_and_width_at_any_depth():
-    for channels, blocks, size in ((8,), (2,), 5), ((8, 16), (1, 2), 6), ((8, 16, 24), (2, 1, 1), 12):
-        unet = UNet(5, 3, channels, blocks, [False] * len(channels), 16)
-        x = unet(torch.randn(2, 5, size, 2 * size), torch.tensor([1, 2]))
-        assert x.shape == (2, 3, size, 2 * size)
-
-
-def test_new_networks_answer_0_and_every_weight_learns():
-    small = torch.zeros(1, 3, 8, 8)
-    assert ask(decoder()).abs().max() == 0
-    assert upsampler()(small, torch.tensor([9]), small).abs().max() == 0
-    for model, answer in ((shake(decoder()), ask),
-                          (shake(upsampler()), lambda m: m(X_T, torch.tensor([9]), X_T))):
-        answer(model).square().sum().backward()
-        idle = [name for name, p in model.named_parameters() if p.grad is None]
-        assert all(name.startswith(("sketch", "null")) for name in idle)
-
-
-def test_the_sketch_and_the_nulls_learn_by_the_loss_and_the_sketch_is_an_mlp_of_the_conditions():
+def test_new_networks_answer_0_and_every_weight_learns_the_sketch_by_its_own_error_alone():
+    small, t = torch.zeros(1, 3, 8, 8), torch.tensor([9])
+    assert ask(decoder()).abs().max() == 0 and upsampler()(small, t, small).abs().max() == 0
     model = shake(decoder())
-    model.loss(normal(200, 3, 8, 8)(), normal(200, 8)(), TOKENS[[0] * 200]).backward()
-    assert [name for name, p in model.named_parameters() if p.grad is None] == []
-    model.zero_grad()
-    ask(model).square().sum().backward()                     # the UNet's error does not reach it
+    ask(model).square().sum().backward()
     assert model.sketch[0].weight.grad is None
+    model.loss(normal(200, 3, 8, 8)(), normal(200, 8)(), TOKENS[[0] * 200]).backward()
+    other = shake(upsampler())
+    other(X_T, t, X_T).square().sum().backward()
+    assert not [name for m in (model, other) for name, p in m.named_parameters() if p.grad is None]
 
 
 # ---- The decoder's conditions --------------------------------------------------------------------
-
-def test_each_input_has_an_influence():
-    model = shake(decoder())
-    for change in (dict(x_t=-X_T), dict(t=301), dict(z_i=OTHER_Z_I), dict(tokens=TOKENS[1:])):
-        assert (ask(model, **change) - ask(model)).abs().max() > 1e-5, change
-
 
 @pytest.mark.parametrize("change", [dict(z_i=OTHER_Z_I), dict(tokens=TOKENS[1:])])
 def test_z_i_and_caption_enter_twice_by_the_timestep_embedding_and_by_attention(change):
@@ -103,9 +74,8 @@ def test_padding_has_no_influence_and_a_hidden_caption_is_one_null_row_by_row():
     model, hidden = shake(decoder()), torch.full((1, 4), PAD)
     assert torch.allclose(ask(model, tokens=F.pad(TOKENS[:1], (0, 4))), ask(model), atol=1e-5)
     null = ask(model, z_i=0 * Z_I, tokens=hidden)
-    for length in (1, 8):
-        same = ask(model, z_i=0 * Z_I, tokens=torch.full((1, length), PAD))
-        assert torch.allclose(same, null, atol=1e-5)
+    longer = ask(model, z_i=0 * Z_I, tokens=torch.full((1, 8), PAD))
+    assert torch.allclose(longer, null, atol=1e-5)
     both = ask(model, X_T.expand(2, -1, -1, -1), z_i=torch.cat([Z_I, 0 * Z_I]),
                tokens=torch.cat([TOKENS[:1], hidden]))
     assert torch.allclose(both, torch.cat([ask(model), null]), atol=1e-5)
@@ -124,19 +94,7 @@ def test_training_hides_z_i_1_time_in_10_and_the_caption_every_other_independent
     assert (no_z_i * no_text).mean().item() == pytest.approx(0.05, abs=0.006)
     assert torch.equal(z_i[no_z_i == 0], Z_I.expand(B, -1)[no_z_i == 0])
     counts = t.sub(1).div(100, rounding_mode="floor").bincount() / B
-    assert t.min() >= 1 and t.max() <= 1000
-    assert torch.allclose(counts, torch.full((10,), 0.1), atol=0.01)
-
-
-# ---- Guidance ------------------------------------------------------------------------------------
-
-def test_the_null_of_guidance_hides_both_conditions_in_one_batch_with_the_rest():
-    model, calls = decoder(), []
-    model.forward = lambda x_t, t, z_i, tokens: calls.append((z_i, tokens)) or x_t
-    model.guided(Z_I, TOKENS[:1], 3.0)(X_T, torch.tensor([5]))
-    (z_i, tokens), = calls
-    assert torch.equal(z_i, torch.cat([0 * Z_I, Z_I]))
-    assert tokens.tolist() == [[PAD] * 4, TOKENS[0].tolist()]
+    assert torch.allclose(counts, torch.full((10,), 0.1), atol=0.01)         # 1 to 1000, evenly
 
 
 def test_guidance_is_the_null_plus_s_times_the_difference_and_none_is_the_null():
@@ -150,16 +108,6 @@ def test_guidance_is_the_null_plus_s_times_the_difference_and_none_is_the_null()
     assert torch.allclose(model.guided(Z_I, None)(X_T, t), no_text, atol=1e-6)
 
 
-def test_samples_are_in_range_and_take_as_many_calls_as_steps():
-    model, rows = shake(decoder()), []
-    model.register_forward_hook(lambda _, inputs, output: rows.append(len(output)))
-    z_i = Z_I.expand(2, -1)
-    x = model.sample(z_i, TOKENS, normal(2, 3, 8, 8), guidance=3.0, steps=7)
-    assert x.shape == (2, 3, 8, 8) and -1 <= x.min() and x.max() <= 1
-    model.sample(z_i, TOKENS, normal(2, 3, 8, 8), guidance=1.0, steps=3)
-    assert rows == 7 * [4] + 3 * [2]
-
-
 # ---- Learning ------------------------------------------------------------------------------------
 
 PICTURES = -torch.ones(4, 3, 8, 8)        # left half red, right green, upper blue, lower white
@@ -167,7 +115,7 @@ PICTURES[0, 0, :, :4] = PICTURES[1, 1, :, 4:] = PICTURES[2, 2, :4] = PICTURES[3,
 Z_OF_PICTURES = 2 * torch.eye(4, 8)
 
 
-def x_0_error(model, z_i, t=500):
+def x_0_error(model, z_i, t):
     """The mean squared error of x_0, estimated at time t from each picture."""
     t, process = torch.full((4,), t), model.diffusion
     x_t = process.q_sample(PICTURES, t, normal(4, 3, 8, 8)())
@@ -175,31 +123,19 @@ def x_0_error(model, z_i, t=500):
     return F.mse_loss(process.x_0_and_eps(v, x_t, t)[0], PICTURES).item()
 
 
-def train(model, loss, steps):
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = 1e-2 * min(1, (step + 1) / 10, 3 * (1 - step / steps))
-        optimizer.zero_grad()
-        loss().backward()
-        optimizer.step()
-    return model.eval().requires_grad_(False)
-
-
 @pytest.fixture(scope="module")
 def overfitted():
     model, generator = decoder(), torch.Generator().manual_seed(0)
     x, z_i = PICTURES.repeat(4, 1, 1, 1), Z_OF_PICTURES.repeat(4, 1)
-    return train(model, lambda: model.loss(x, z_i, TOKENS[[0] * 16], generator), steps=200)
+    loss = lambda: model.loss(x, z_i, TOKENS[[0] * 16], generator)
+    return learn(model, loss, steps=200, lr=1e-2)
 
 
-def test_the_decoder_learns_a_handful_of_pictures_to_a_low_error_of_x_0(overfitted):
+def test_the_decoder_learns_a_handful_of_pictures_and_which_z_i_belongs_to_which(overfitted):
     mean = F.mse_loss(PICTURES.mean(dim=0).expand(4, -1, -1, -1), PICTURES).item()
-    assert x_0_error(overfitted, Z_OF_PICTURES) < 0.1 * mean
+    assert x_0_error(overfitted, Z_OF_PICTURES, t=500) < 0.1 * mean
     assert x_0_error(overfitted, Z_OF_PICTURES, t=900) < 0.3 * mean < \
         x_0_error(overfitted, Z_OF_PICTURES.flip(0), t=900)          # control: another's z_i
-
-
-def test_z_i_says_which_picture_is_drawn_and_without_it_nothing_does(overfitted):
     draw = lambda z_i: overfitted.sample(z_i, None, normal(len(z_i), 3, 8, 8), 1.0, steps=16)
     far = lambda x: (x[:, None] - PICTURES).square().mean(dim=(2, 3, 4))
     for order in ([0, 1, 2, 3], [2, 3, 1, 0]):                       # with the same noise
@@ -211,29 +147,25 @@ def test_z_i_says_which_picture_is_drawn_and_without_it_nothing_does(overfitted)
 
 # ---- The upsampler -------------------------------------------------------------------------------
 
-def test_the_upsampler_has_no_attention():
+def test_the_upsampler_has_no_attention_so_it_applies_to_pictures_of_any_size():
     attends = lambda model: any(isinstance(m, (Attention, ImageAttention)) for m in model.modules())
     assert not attends(upsampler()) and attends(decoder())
-
-
-def test_the_upsampler_applies_to_pictures_of_any_size():
     for height, width in (8, 8), (12, 6), (32, 32):
         noise = normal(2, 3, 4 * height, 4 * width)
         x = shake(upsampler()).sample(torch.zeros(2, 3, height, width), noise, steps=2)
         assert x.shape == (2, 3, 4 * height, 4 * width) and -1 <= x.min() and x.max() <= 1
 
 
-@pytest.mark.parametrize("shift, same", [(2, True), (8, True), (3, False), (1, False)])
+@pytest.mark.parametrize("shift, same", [(2, True), (3, False)])
 def test_what_is_moved_by_a_multiple_of_the_stride_is_drawn_alike_there(shift, same):
     """The stride is 2: the picture is halved once. The borders are too far away to matter."""
-    model, x_t, low = shake(upsampler(), by=0.1), *torch.zeros(2, 1, 3, 256, 256)
-    x_t[..., 124:132, 124:132], low[..., 124:132, 124:132] = normal(2, 1, 3, 8, 8)()
+    model, x_t, low = shake(upsampler(), by=0.1), *torch.zeros(2, 1, 3, 128, 128)
+    x_t[..., 60:68, 60:68], low[..., 60:68, 60:68] = normal(2, 1, 3, 8, 8)()
     here = model(x_t, torch.tensor([300]), low)
     moved = (a.roll((shift, shift), dims=(2, 3)) for a in (x_t, low))
-    there = model(next(moved), torch.tensor([300]), next(moved))
-    middle = slice(100, 156)
-    back = there.roll((-shift, -shift), dims=(2, 3))
-    assert torch.allclose(back[..., middle, middle], here[..., middle, middle], atol=1e-4) == same
+    there = model(next(moved), torch.tensor([300]), next(moved)).roll((-shift, -shift), dims=(2, 3))
+    middle = (..., slice(44, 84), slice(44, 84))
+    assert torch.allclose(there[middle], here[middle], atol=1e-4) == same
 
 
 def test_enlarging_shifts_nothing():
@@ -253,11 +185,10 @@ def test_a_crop_is_the_same_square_of_both_pictures_aligned_and_anywhere():
     top, left = high[:, :, 0, 0].T
     assert set(top.tolist()) == set(left.tolist()) == set(range(0, 49, 4))
     assert abs(torch.corrcoef(torch.stack([top, left]))[0, 1]) < 0.2
-    inside = torch.stack([i[:16, None].expand(16, 16), i[:16].expand(16, 16)])
-    assert torch.equal(high, high[:, :, :1, :1] + inside)            # nothing turned or skipped
+    assert torch.equal(high, high[:, :, :1, :1] + place[:1, :, :16, :16])    # nothing is turned
 
 
-def test_training_sees_crops_of_a_quarter_of_the_side_of_a_picture_and_of_its_small_one(monkeypatch):
+def test_training_sees_the_same_crop_of_a_picture_and_of_its_small_one(monkeypatch):
     model, seen = upsampler(), []
     monkeypatch.setattr(model, "forward", lambda x_t, t, low: seen.append((t, low)) or x_t)
     monkeypatch.setattr(model.diffusion, "loss", lambda f, x, t, eps: seen.append(x) or f(x, t))
@@ -272,7 +203,8 @@ def test_the_blur_sums_to_one_has_the_given_width_and_keeps_flat_colour():
     point = torch.zeros(1, 3, 5, 5)
     point[:, :, 2, 2] = 1
     kernel = blur(point)
-    assert torch.allclose(kernel.sum(dim=(2, 3)), torch.ones(1, 3)) and (kernel[0, 0] > 0).sum() == 9
+    assert torch.allclose(kernel.sum(dim=(2, 3)), torch.ones(1, 3))
+    assert (kernel[0, 0] > 0).sum() == 9
     beside = kernel[0, 0, 2, 1] / kernel[0, 0, 2, 2]
     assert beside.item() == pytest.approx(math.exp(-1 / (2 * 0.6 ** 2)))
     assert torch.equal(kernel, kernel.transpose(2, 3)) and torch.equal(kernel, kernel.flip(2))
@@ -291,8 +223,11 @@ def test_the_upsampler_learns_to_follow_the_small_picture():
     model, generator = upsampler(), torch.Generator().manual_seed(0)
     smooth = lambda n: F.interpolate(torch.rand(n, 3, 4, 4, generator=generator) * 2 - 1,
                                      scale_factor=8.0, mode="bilinear")
-    train(model, lambda: model.loss(smooth(16), generator), steps=80)
-    low = F.avg_pool2d(smooth(8), 4)
-    x = model.sample(low, normal(8, 3, 32, 32), steps=5)
-    error = lambda x: (F.avg_pool2d(x, 4) - low).square().mean().item()
-    assert error(x) < 0.1 and error(x.flip(0)) > 0.2                # control: another's
+    learn(model, lambda: model.loss(smooth(16), generator), steps=60, lr=1e-2)
+    x, t = smooth(8), torch.full((8,), 500)
+    x_t, low = model.diffusion.q_sample(x, t, normal(8, 3, 32, 32)()), F.avg_pool2d(x, 4)
+
+    def error(low):
+        v = model(x_t, t, model.enlarge(blur(low)))
+        return F.mse_loss(model.diffusion.x_0_and_eps(v, x_t, t)[0], x).item()
+    assert error(low) < 0.1 and error(low.flip(0)) > 0.15           # control: another's

@@ -1,40 +1,50 @@
 """The arrows between the files: imports only ever point down, and nothing imports a leaf."""
 import ast
-from pathlib import Path
+import sys
 
 import pytest
+
+from conftest import ROOT
 
 MAY_IMPORT = {
     "diffusion": set(), "clip_tiny": set(), "shapes": set(), "data": {"shapes"},
     "prior": {"diffusion", "clip_tiny"}, "decoder": {"diffusion", "clip_tiny"},
-    "checkpoints": {"clip_tiny", "prior", "decoder"},
+    "checkpoints": {"clip_tiny", "prior", "decoder", "shapes"},
     "unclip": {"checkpoints", "clip_tiny", "prior", "decoder", "diffusion"},
     "judge": {"shapes", "data", "checkpoints"}}
 LEAVES = {"train", "sample", "evaluate"}
-ROOT = Path(__file__).parent.parent
+OURS = MAY_IMPORT.keys() | LEAVES
+PACKAGES = {"torch", "numpy", "PIL", "tqdm"}
 
 
 def imported(path):
-    """The files of ours that one of them imports, at whatever depth of its code."""
+    """The top-level names of what a file imports, at whatever depth of its code."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
+            names |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names.add(node.module)
-    return names & (MAY_IMPORT.keys() | LEAVES)
+            names.add(node.module.split(".")[0])
+    return names
 
 
-@pytest.mark.parametrize("name", MAY_IMPORT)
-def test_a_file_imports_only_what_is_below_it(name):
-    assert imported(ROOT / f"{name}.py") <= MAY_IMPORT[name]
+@pytest.mark.parametrize("name", sorted(OURS))
+def test_a_file_imports_those_below_it_and_four_packages(name):
+    found = imported(ROOT / f"{name}.py")
+    assert found & OURS <= MAY_IMPORT.get(name, OURS - LEAVES)         # of a leaf: all but leaves
+    assert found - OURS <= set(sys.stdlib_module_names) | PACKAGES
 
 
-@pytest.mark.parametrize("name", sorted(LEAVES))
-def test_a_leaf_imports_no_other_leaf(name):
-    assert not imported(ROOT / f"{name}.py") & LEAVES
+def test_no_files_import_each_other_in_a_circle_and_there_are_twelve():
+    left = dict(MAY_IMPORT)
+    while free := [name for name in left if not left[name] & left.keys()]:
+        left = {name: below for name, below in left.items() if name not in free}
+    assert left == {}
+    assert {path.stem for path in ROOT.glob("*.py")} - {"conftest"} == OURS and len(OURS) == 12
 
 
-def test_there_are_twelve_files_and_no_others():
-    files = {path.stem for path in ROOT.glob("*.py")} - {"conftest"}
-    assert files == MAY_IMPORT.keys() | LEAVES and len(files) == 12
+def test_the_tests_need_pytest_and_no_other_package_more():
+    tests = list((ROOT / "tests").glob("*.py"))
+    known = set(sys.stdlib_module_names) | OURS | PACKAGES | {"conftest", "pytest"}
+    for file in tests:
+        assert imported(file) <= known | {other.stem for other in tests}, file.name
