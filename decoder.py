@@ -141,7 +141,7 @@ class DecoderConfig:
     attention: tuple = (False, True, True)
     width: int = 128                     # of the timestep embedding and the caption's Transformer
     text_depth: int = 2
-    sketch_width: int = 512
+    sketch_width: int = 512              # of the small MLP that draws the sketch, see Decoder
 
 
 class Decoder(nn.Module):
@@ -151,8 +151,8 @@ class Decoder(nn.Module):
     Transformer adds its last output to the timestep embedding, and all its outputs to the context.
     Learnt nulls stand for conditions that are hidden.
     differs from the paper: the variance of a sampling step is DDPM's, not learnt. And the UNet is
-    also shown a sketch, the mean picture E[x | z_i, y] of 8×8 pixels. That is what it should answer
-    to pure noise, and what it is slowest to learn; a small MLP learns it sooner.
+    also shown a sketch, the mean picture E[x | z_i, y] of 8×8 pixels. The mean is the best estimate
+    of x_0 from pure noise. The UNet is slow to learn it; a small MLP learns it sooner.
     """
 
     Z_I_TOKENS, SKETCH = 4, 8            # SKETCH: pixels a side
@@ -228,8 +228,8 @@ class Decoder(nn.Module):
     def sample(self, z_i, tokens, noise, guidance=2.5, steps=64, eta=1.0, trace=None):
         """z_i (B, D) or None, tokens (B, L) or None → x (B, 3, H, W) in [-1, 1].
 
-        noise(): (B, 3, H, W) standard normal, drawn once, and again at each step if eta > 0. trace
-        is told each step (Diffusion.sample).
+        noise(): (B, 3, H, W) standard normal, drawn once, and again at each step if eta > 0.
+        trace is called at each step (Diffusion.sample).
         """
         f = self.guided(z_i, tokens, guidance)
         x = self.diffusion.sample(f, noise(), steps, eta, noise, clip=True, trace=trace)

@@ -35,12 +35,12 @@ class Diffusion(nn.Module):
 
     objective: what the loss compares, "eps" (sec. 2.1, as in GLIDE) or "x_0" (sec. 2.2).
     differs from the paper: the network always answers v (Salimans & Ho 2022), from which x_0 and
-    eps are computed. So an x_0 at low noise starts out as a copy of x_t, and an eps at high noise
-    too, which a network learns only roughly.
-    power: 1 for a sampler's times that are evenly spaced, more for times that are denser near 0.
+    eps are computed. With little noise x_0 is almost x_t, and with much noise eps is. A network
+    copies its input only roughly; with v, the formula copies it.
+    power: a sampler's times are evenly spaced if it is 1, and denser near 0 if it is more.
     """
 
-    GAMMA = 5
+    GAMMA = 5                # see `loss`
 
     def __init__(self, objective, power=1, T=1000):
         super().__init__()
@@ -84,9 +84,11 @@ class Diffusion(nn.Module):
     # ---- Sampling --------------------------------------------------------------------------
 
     def timesteps(self, steps):
-        """The times T = t_n > … > t_1 > t_0 = 0 that a sampler visits: `steps` + 1 integers, t_k as
-        near to T (k / n)^power as their being different allows. Raises ValueError unless 1 ≤ steps
-        ≤ T."""
+        """The times T = t_n > … > t_1 > t_0 = 0 that a sampler visits in n = `steps` steps.
+
+        t_k is T (k / n)^power, rounded, and moved up or down where two times would be equal.
+        Raises ValueError unless 1 ≤ steps ≤ T.
+        """
         if not 1 <= steps <= self.T:
             raise ValueError(f"{steps} sampling steps: choose from 1 to {self.T}")
         times = [0]
@@ -101,7 +103,8 @@ class Diffusion(nn.Module):
 
         eta 1 is DDPM's ancestral sampling, eta 0 is DDIM, which is deterministic (Song et al.
         2021). noise(): fresh standard normal noise like x_T, needed if eta > 0. clip: every
-        estimate of x_0 is kept in [-1, 1], where pixels are. trace(t, x_t, x_0) is told each step.
+        estimate of x_0 is kept in [-1, 1], where pixels are. trace(t, x_t, x_0) is called at each
+        step.
         """
         x_t, times = x_T, self.timesteps(steps)
         for t, s in zip(times, times[1:]):                             # from time t to time s < t

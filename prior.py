@@ -1,8 +1,8 @@
 """p(z_i | y): the image embedding that a caption may have (paper, sec. 2.2), drawn in two ways.
 
 A caption fits many pictures, so it has many z_i. A prior draws one of them, given the caption's
-tokens and z_t, the caption's own embedding. z_t is a function of y, so p(z_i | y, z_t) = p(z_i | y).
-Both of the paper's priors are here:
+tokens and z_t, the caption's own embedding. Since z_t is a function of y, p(z_i | y, z_t) is
+p(z_i | y). Both of the paper's priors are here:
 
     DiffusionPrior     z_i is un-noised, all coordinates at once
     ARPrior            z_i is written down as codes, one after another
@@ -46,8 +46,9 @@ class DiffusionPriorConfig:
 class DiffusionPrior(nn.Module):
     """A causal Transformer that un-noises z_i (sec. 2.2).
 
-    The sequence: [caption tokens | z_t | timestep | noised z_i | a learnt final embedding]. What
-    the Transformer puts out at the final embedding is its answer.
+    The sequence: [caption tokens | z_t | timestep | noised z_i | a learnt final embedding]. Each
+    position sees itself and what stands before it, but no padding. So the final embedding sees
+    all, and the Transformer's output there is the answer. The target is z_i itself, without noise.
     differs from the paper: "encoded text" there; here the tokens are embedded straight into this
     Transformer, which the paper's parameter counts suggest as well.
     """
@@ -59,7 +60,8 @@ class DiffusionPrior(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = c = config
-        # The paper: better than comparing eps. Small axes are decided at times near 0.
+        # The paper found that comparing x_0, here z_i, is better than comparing eps. power: how z_i
+        # lies along the small axes is decided at times near 0, so more of the times are there.
         self.diffusion = Diffusion(objective="x_0", power=2)
         self.token = nn.Embedding(c.vocab, c.width)
         self.position = nn.Parameter(torch.randn(c.context + 4, c.width) * 0.02)
@@ -88,7 +90,8 @@ class DiffusionPrior(nn.Module):
         return self.out(self.transformer(x, causal_mask(visible))[:, -1])     # (B, D)
 
     def loss(self, z_i, z_t, tokens, generator=None):
-        """‖f(z_i^(t), t, y) − z_i‖² for random t, a mean over coordinates, scaled: a scalar.
+        """‖ẑ_i − z_i‖² for random t, a mean over coordinates, both scaled: a scalar. ẑ_i is the
+        estimate of z_i that the answer v at (z_i_t, t, y) means.
 
         z_i (B, D), whitened; z_t (B, D), unit norm; tokens (B, L). A hidden caption hides z_t too.
         """
@@ -124,7 +127,7 @@ class ARPriorConfig:
     buckets: int = 64        # values a code may have; the paper: 1,024
     width: int = 192
     depth: int = 4
-    drop_text: float = 0.1   # how often training hides the caption (sec. 2.2)
+    drop_text: float = 0.1   # how often training hides the caption, as the paper does for both
 
 
 class Codes(nn.Module):
@@ -165,9 +168,10 @@ class ARPrior(nn.Module):
     in buckets. CLIP's axes are its principal axes, so the first codes say most, and k of them are
     enough. The dot is z_i·z_t in buckets. How can a function of z_i be an input, when z_i is what
     we are after? It is the first thing that is drawn: it says how well the picture will fit its
-    caption, and the codes after it are drawn given that. Training shows the true one. A sampler
-    may draw it from p(dot | y), and then z_i follows p(z_i | y); or from the upper half alone, and
-    then it asks for a good fit.
+    caption, and the codes after it are drawn given that. In training z_i is known, so the true dot
+    is shown. A sampler may draw it from p(dot | y), and then z_i follows p(z_i | y); or from the
+    upper half alone, and then it asks for a good fit. The mask is as above: each position sees
+    itself and what stands before it, and its target is the next symbol.
     """
 
     def __init__(self, config):
@@ -219,9 +223,9 @@ class ARPrior(nn.Module):
         """z_t (B, D), tokens (B, L) → z_i (B, D), whitened; coordinates without a code are 0, the
         mean. generators: one CPU torch.Generator a row.
 
-        top_half: the dot is drawn from the upper half of its training distribution, the paper's
-        way, by the model's own p(dot | y), which knows what a caption can attain. False, with
-        temperature 1: an unbiased sample.
+        top_half: the dot is drawn from the upper half of its training distribution, as in the
+        paper, but by p(dot | y), since not every caption can be fitted equally well. With False,
+        and temperature 1, z_i follows p(z_i | y).
         """
         symbols = tokens.new_zeros(len(tokens), 0)
         for k in range(1 + self.config.components):

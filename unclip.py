@@ -57,6 +57,8 @@ class UnCLIP:
 
         prior: "diffusion" or "ar"; "text" gives the decoder z_t in place of z_i, "none" the caption
         alone (sec. 5.1 compares them). how: guidance (1 = none), steps and eta of the decoder.
+        Guidance makes a picture fit better. z_i is drawn before, without it, so the pictures of one
+        caption stay as different as their z_i are (sec. 5.3).
         Raises ValueError if a part is missing, or a caption is empty or too long.
         """
         captions = [captions] if isinstance(captions, str) else captions
@@ -75,7 +77,8 @@ class UnCLIP:
         batch, so a picture would otherwise change a little with the number of the others.
         """
         tokens = [self.clip.tokenizer([caption]).to(self.device) for caption in captions]
-        work = sorted((tokens[k].shape[1], k, row) for k in range(len(captions)) for row in range(n))
+        work = sorted((tokens[k].shape[1], k, row)
+                      for k in range(len(captions)) for row in range(n))
         for _, group in groupby(work, key=lambda job: job[0]):       # captions of one length
             group = list(group)
             for i in range(0, len(group), batch):
@@ -106,7 +109,8 @@ class UnCLIP:
         candidates = options.pop("candidates", 2)
         streams = [f"{row}.{c}" for c in range(candidates) for row in rows]
         noise = Noise(seed, streams, z_t.shape[1:], "prior", self.device)
-        z_i = model.sample(z_t.repeat(candidates, 1), tokens.repeat(candidates, 1), noise, **options)
+        y = z_t.repeat(candidates, 1), tokens.repeat(candidates, 1)
+        z_i = model.sample(*y, noise, **options)
         z_i = self.clip.unwhiten(z_i).unflatten(0, (candidates, -1))             # (2, B, D)
         best = (z_i * z_t).sum(-1).argmax(dim=0)                                 # (B,)
         return z_i[best, torch.arange(len(best), device=self.device)]
@@ -133,7 +137,8 @@ class UnCLIP:
         return Noise(seed, rows, (3, size, size), stream, self.device)
 
     # ---- Manipulating (sec. 3) ---------------------------------------------------------------
-    # Unguided and unclipped, or the inversion would not invert. The caption plays no part.
+    # Unguided and unclipped, or the inversion would not invert. The caption is hidden: what a
+    # picture shows is in its z_i, and the rest in its x_T.
 
     @torch.no_grad()
     def latent(self, x, steps=50):
@@ -198,7 +203,7 @@ class UnCLIP:
     def text_diff(self, to, base):
         """B captions to arrive at, and B, or one, to depart from → z_d = norm(z_t − z_t0) (B, D).
 
-        differs from the paper: along the main axes alone; the rest would move the solid.
+        differs from the paper: along the main axes alone; the others would move the solid.
         """
         z_t, z_t0 = (self.clip.encode_text(self.clip.tokenizer(y).to(self.device))
                      for y in (to, base))
