@@ -169,7 +169,7 @@ def read_image(path, size):
         raise FileNotFoundError(f"{path} {what}: give the path of one picture")
     try:
         with lenient_pillow():
-            return decode(path, size)
+            return upright(path, size)
     except Exception as error:    # Pillow's decoders raise a dozen kinds
         why = " ".join(str(error).split()) if path.stat().st_size else "it is empty"
         raise ValueError(f"{path} can't be read ({why}): give a PNG or JPEG that opens") from None
@@ -177,7 +177,7 @@ def read_image(path, size):
 
 @contextmanager
 def lenient_pillow():
-    """Pillow does not warn of odd files, and decode() alone refuses pictures that are too large."""
+    """Pillow does not warn of odd files, and upright() alone refuses pictures that are too large."""
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         with warnings.catch_warnings():
@@ -187,7 +187,7 @@ def lenient_pillow():
         Image.MAX_IMAGE_PIXELS = limit
 
 
-def decode(path, size):
+def upright(path, size):
     """What read_image() returns, with any error that Pillow may raise."""
     with Image.open(path) as image:
         image.draft(None, (2 * size, 2 * size))    # a JPEG can shrink while it is decoded
@@ -238,7 +238,7 @@ def read_images(files, names, size, title, cache):
     """The pictures files[name] → names of those that can be read, and uint8 (N, 3, size, size).
 
     Kept under the names, lengths and dates of all files, so that a changed picture is noticed. A
-    change of decode() is not: raise the number in the name.
+    change of upright() is not: raise the number in the name.
     """
     stats = [(str(files[name]), files[name].stat()) for name in names]
     state = repr([(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats])
@@ -248,7 +248,7 @@ def read_images(files, names, size, title, cache):
     kept = read_cache(kept_as, made) if cache else None
     if kept is None or {*map(len, kept.values())} != {len(names)}:
         kept = made
-        decode_all([files[name] for name in names], title, **kept)
+        read_all([files[name] for name in names], title, **kept)
         if cache:
             write_cache(kept_as, kept)
     images, sound = kept["images"], kept["sound"]
@@ -256,11 +256,11 @@ def read_images(files, names, size, title, cache):
         images if sound.all() else images[sound]
 
 
-def decode_all(paths, title, images, sound):
+def read_all(paths, title, images, sound):
     """Write the pictures into `images`, and into `sound` which of them could be read."""
     def read(path):
         try:
-            return decode(path, images.shape[-1])
+            return upright(path, images.shape[-1])
         except Exception:    # as in read_image()
             return None
     with lenient_pillow(), ThreadPool() as pool:

@@ -1,6 +1,5 @@
 """The rendered world: what shapes.py promises of pixels, scenes, captions and pictures."""
 import hashlib
-import math
 import random
 from collections import Counter
 from dataclasses import replace
@@ -12,20 +11,24 @@ import torch.nn.functional as F
 from PIL import Image
 
 import shapes
-from shapes import (COLOURS, RELATIONS, SHAPES, SIZES, UNSEEN, Scene, Solid, describe, is_true,
+from shapes import (COLOURS, RELATIONS, SHAPES, SIZES, UNSEEN, Solid, describe, is_true,
                     item, labels_of, parse_caption, render, sample_scene, scenes_for)
 
 
 @pytest.fixture(scope="module")
 def scenes():
-    return [item("train", i)[0] for i in range(2000)]
+    return [item("train", i)[0] for i in range(600)]
 
 
-def recoloured(scene, slot):
-    """The same scene with one solid in another colour: light, shadow and floor do not change."""
-    solids = list(scene.solids)
-    solids[slot] = replace(solids[slot], colour="red" if solids[slot].colour != "red" else "cyan")
-    return replace(scene, solids=solids)
+def seen(scenes, slot, size=32):
+    """How much each pixel changes with a solid's colour: light, shadow and floor do not."""
+    changed = []
+    for scene in scenes:
+        solids = list(scene.solids)
+        colour = "red" if solids[slot].colour != "red" else "cyan"
+        solids[slot] = replace(solids[slot], colour=colour)
+        changed.append(replace(scene, solids=solids))
+    return (render(changed, size).float() - render(scenes, size)).abs().sum(1)
 
 
 # ---- Pixels -------------------------------------------------------------------------------------
@@ -61,11 +64,12 @@ def test_a_picture_grid_goes_row_by_row_with_gaps():
     assert (sheet[:, 6:, :6] == 2).all() and (sheet[:, 4:6] > 200).all()
 
 
-# ---- Scenes -------------------------------------------------------------------------------------
+# ---- Scenes and captions ------------------------------------------------------------------------
 
 
-def test_items_are_those_of_renderer_version_2():
+def test_items_are_those_of_renderer_version_2_and_of_their_seed_split_and_index_alone():
     """If this fails, raise RENDERER_VERSION: trained weights and caches know the old pictures."""
+    random.seed(5)
     said = "\n".join(text for i in range(200) for text in item("train", i)[1])
     assert shapes.RENDERER_VERSION == 2
     assert hashlib.sha256(said.encode()).hexdigest()[:16] == "bf6ab45caf055739"
@@ -73,40 +77,33 @@ def test_items_are_those_of_renderer_version_2():
     expected = torch.tensor([207.811, 187.732, 213.623, 198.028, 190.713, 221.563, 219.957,
                              210.873, 182.481, 191.768, 197.899, 186.267])
     assert (means - expected).abs().max() < 0.01    # another CPU may round a pixel otherwise
-
-
-def test_an_item_depends_on_seed_split_and_index_alone():
-    random.seed(5)
-    assert item("train", 7) == item("train", 7)
     others = [item("train", 8), item("validation", 7), item("train", 7, seed=1)]
     assert all(other[0].light != item("train", 7)[0].light for other in others)
 
 
 def test_unseen_pairs_never_occur_unless_they_are_asked_for(scenes):
     pairs = {(s.colour, s.shape) for scene in scenes for s in scene.solids}
-    validation = {(s.colour, s.shape) for i in range(1000) for s in item("validation", i)[0].solids}
-    assert not UNSEEN & (pairs | validation)
-    assert len(pairs) == len(COLOURS) * len(SHAPES) - len(UNSEEN)
+    assert not UNSEEN & pairs and len(pairs) == len(COLOURS) * len(SHAPES) - len(UNSEEN)
     for colour, shape in UNSEEN:
         for scene in scenes_for(f"a {colour} {shape} left of a cone", 20):
             assert (scene.solids[0].colour, scene.solids[0].shape) == (colour, shape)
             assert (scene.solids[1].colour, scene.solids[1].shape) not in UNSEEN
 
 
-@pytest.mark.parametrize("caption", ["a cube", "a large gray cube", "a cone on top of a blue cube"])
+@pytest.mark.parametrize("caption", ["a large gray cube", "a cone on top of a blue cube"])
 def test_scenes_for_a_caption_are_those_of_which_it_is_true(caption):
     """Against Bayes' rule: scenes drawn freely, of which only those are kept that fit."""
     rng, given, kept = random.Random(1), parse_caption(caption), Counter()
-    for _ in range(8000):
+    kind = lambda scene: (scene.solids[0].shape, scene.solids[0].colour, scene.solids[0].size)
+    for _ in range(5000):
         scene = sample_scene(rng, {"relation": given["relation"]})
         if all(getattr(s, key) == word for s, names in zip(scene.solids, given["solids"])
                for key, word in names.items()):
-            kept[scene.solids[0].shape, scene.solids[0].colour, scene.solids[0].size] += 1
-    drawn = Counter((scene.solids[0].shape, scene.solids[0].colour, scene.solids[0].size)
-                    for scene in scenes_for(caption, 1500, seed=3))
-    distance = sum(abs(kept[key] / kept.total() - drawn[key] / 1500) for key in kept | drawn) / 2
+            kept[kind(scene)] += 1
+    drawn = Counter(map(kind, scenes_for(caption, 1000, seed=3)))
+    distance = sum(abs(kept[key] / kept.total() - drawn[key] / 1000) for key in kept | drawn) / 2
     by_chance = 0.4 * sum((n / kept.total()) ** 0.5 for n in kept.values()) * (
-        kept.total() ** -0.5 + 1500 ** -0.5)
+        kept.total() ** -0.5 + 1000 ** -0.5)
     assert distance <= 1.5 * by_chance, (distance, by_chance)
 
 
@@ -118,9 +115,6 @@ def test_labels_have_their_shapes_and_say_what_is_absent(scenes):
     absent = labels["count"] == 1
     assert (labels["shape"][absent, 1] == -1).all() and (labels["position"][absent, 1] == 0).all()
     assert (labels["relation"] == 0).equal(absent) and labels["relation"].max() < len(RELATIONS)
-
-
-# ---- Captions -----------------------------------------------------------------------------------
 
 
 def test_captions_are_true_and_parsed_as_no_more_than_they_say(scenes):
@@ -141,7 +135,6 @@ def test_a_caption_is_false_of_a_changed_scene():
     assert is_true(caption, truth, 0)
     assert not is_true("a small red cube left of a large blue cone", truth, 0)
     assert not is_true("a small red cube", truth, 0)
-    assert not is_true(caption, {**truth, "relation": torch.tensor([2])}, 0)
     for key in ("shape", "colour", "size"):
         for slot in (0, 1):
             changed = truth[key].clone()
@@ -154,8 +147,6 @@ def test_articles_wordings_and_what_is_not_a_caption():
     assert parse_caption("a red cube right of a cone") == parse_caption("a cone left of a red cube")
     for text in ("", "a dog", "a cube and a cone", "cube", "a red", "a red large cube"):
         assert parse_caption(text) is None
-    said = " ".join(text for i in range(500) for text in item("train", i)[1])
-    assert "a orange" not in said and "an orange" in said and "right of" in said
     with pytest.raises(ValueError, match="'a dog'.*like"):
         scenes_for("a dog", 1)
 
@@ -176,43 +167,25 @@ def test_a_ray_through_a_solids_axis_crosses_the_known_chord(shape, height, chor
     assert not enter < leave
 
 
-def test_a_spheres_normals_point_away_from_its_middle():
-    solid = shapes.in_torch(Solid("sphere", "red", "small", 0.7, k=0.5, stands=(0.3, 0.1, -0.2)))
-    away = F.normalize(torch.randn(3, 100, generator=torch.Generator().manual_seed(0)), dim=0)
-    points = torch.tensor([[0.3], [0.6], [-0.2]]) + 0.5 * away
-    assert (shapes.normal_at(solid, points) - away).abs().max() < 1e-3
-
-
-def test_a_shadow_falls_away_from_the_light():
-    cube = Solid("cube", "red", "large", yaw=0.4, k=0.3, stands=(0.0, 0.0, 0.0))
-    height = math.radians(40)
-    for side in (-1, 1):
-        light = (side * math.cos(height), math.sin(height), 0.0)
-        image = render([Scene("alone", [cube], (0.9, 0.9, 0.9), light)])[0].float().mean(0)
-        left, right = image[14:18, 6:9].mean(), image[14:18, 23:26].mean()
-        assert (left - right) * side < -30
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("size, least, most", [("small", 8, 12), ("large", 14, 18.5)])
 def test_size_is_what_a_solid_spans_and_position_is_its_middle(shape, size, least, most):
-    for scene in scenes_for(f"a {size} red {shape}", 2):
-        pair = render([scene, recoloured(scene, 0)], 64).float()
-        seen = pair.diff(dim=0)[0].abs().sum(0) > 50
-        rows, columns = seen.any(1).nonzero() / 2, seen.any(0).nonzero() / 2    # pixels of 32
-        top, bottom, left, right = rows[0], rows[-1] + 0.5, columns[0], columns[-1] + 0.5
-        width, height = right - left, bottom - top
-        assert least <= max(width, height) <= most and min(width, height) > 0.6 * least
-        assert left > 0 and top > 0 and right < 32 and bottom < 32
-        assert abs((left + right) / 32 - 1 - scene.solids[0].x) < 0.05
-        assert abs((top + bottom) / 32 - 1 - scene.solids[0].y) < 0.05
+    scene, = scenes_for(f"a {size} red {shape}", 1)
+    mask = seen([scene], 0, 64)[0] > 50
+    rows, columns = mask.any(1).nonzero() / 2, mask.any(0).nonzero() / 2    # pixels of 32
+    top, bottom, left, right = rows[0], rows[-1] + 0.5, columns[0], columns[-1] + 0.5
+    width, height = right - left, bottom - top
+    assert least <= max(width, height) <= most and min(width, height) > 0.6 * least
+    assert left > 0 and top > 0 and right < 32 and bottom < 32
+    assert abs((left + right) / 32 - 1 - scene.solids[0].x) < 0.05
+    assert abs((top + bottom) / 32 - 1 - scene.solids[0].y) < 0.05
 
 
 @pytest.mark.parametrize("caption, axis", [
     ("a red cube left of a blue sphere", 0), ("a blue sphere right of a red cube", 0),
     ("a red cube on top of a blue cube", 1)])
 def test_left_is_left_and_up_is_up_in_labels_and_in_pixels(caption, axis):
-    drawn = scenes_for(caption, 8)
+    drawn = scenes_for(caption, 4)
     position = labels_of(drawn)["position"][:, :, axis]
     assert (position[:, 0] < position[:, 1]).all()
     image, ramp = render(drawn).float(), torch.arange(32.0).view((1, -1) if axis == 0 else (-1, 1))
@@ -222,26 +195,23 @@ def test_left_is_left_and_up_is_up_in_labels_and_in_pixels(caption, axis):
 
 
 def test_both_solids_of_a_pair_can_be_seen(scenes):
-    pairs = [scene for scene in scenes if scene.relation != "alone"][:40]
-    before = render(pairs).float()
+    pairs = [scene for scene in scenes if scene.relation != "alone"][:20]
     for slot in (0, 1):
-        changed = render([recoloured(scene, slot) for scene in pairs]).float() - before
-        assert (changed.abs().sum(1) > 30).sum((1, 2)).min() > 12    # pixels of 32 x 32
+        assert (seen(pairs, slot) > 30).sum((1, 2)).min() > 12    # pixels of 32 x 32
 
 
 def test_a_scene_is_the_same_picture_at_any_size(scenes):
-    fine, coarse = render(scenes[:8], 128).float(), render(scenes[:8], 32).float()
+    fine, coarse = render(scenes[:4], 128).float(), render(scenes[:4], 32).float()
     assert (F.avg_pool2d(fine, 4) - coarse).abs().mean((1, 2, 3)).max() < 2.5
 
 
 def test_a_picture_has_the_same_bytes_in_any_batch_and_with_any_threads(scenes):
-    threads, together = torch.get_num_threads(), render(scenes[:9])
-    assert together.dtype == torch.uint8 and together.shape == (9, 3, 32, 32)
-    assert torch.equal(torch.cat([render([scene]) for scene in scenes[:9]]), together)
+    threads, together = torch.get_num_threads(), render(scenes[:5])
+    assert together.dtype == torch.uint8 and together.shape == (5, 3, 32, 32)
+    assert torch.equal(torch.cat([render([scene]) for scene in scenes[:5]]), together)
     try:
-        for n in (1, 3):
-            torch.set_num_threads(n)
-            assert torch.equal(render(scenes[:9]), together)
-            assert torch.get_num_threads() == n    # render() changes it and must put it back
+        torch.set_num_threads(3)
+        assert torch.equal(render(scenes[:5]), together)
+        assert torch.get_num_threads() == 3    # render() changes it and must put it back
     finally:
         torch.set_num_threads(threads)
