@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from checkpoints import SHIPPED, Parser, check_out, find_device, run_command
+from checkpoints import SHIPPED, Parser, about, check_out, find_device, run_command
 from clip_tiny import components_needed
 from data import CIFAR_CLASSES, class_captions, load
 from judge import (compare, energy_distance, entropy, form, frechet, gradient_energy, load_judge,
@@ -410,9 +410,9 @@ def upsampler(bench):
     drawn = bench.draw([captions[0] for captions in split.captions], bench.encode(small))
     with FlopCounterMode(display=False) as counter:
         bench.enlarged(small[[0] * 4])                   # the upsampler works on four at a time
-    blocks, bicubic = (lambda x, mode=mode: to_uint8(F.interpolate(
-        to_float(x), scale_factor=float(factor), mode=mode)) for mode in ("nearest", "bicubic"))
-    pictures = {"renders": large, "renders, small": small, "bicubic": bicubic(small),
+    plain = lambda x, mode="bicubic": to_uint8(F.interpolate(
+        to_float(x), scale_factor=float(factor), mode=mode))
+    pictures = {"renders": large, "renders, small": small, "bicubic": plain(small),
                 "upsampled": bench.enlarged(small), "drawn": drawn,
                 "drawn, upsampled": bench.enlarged(drawn)}
     for name, x in pictures.items():
@@ -424,9 +424,10 @@ def upsampler(bench):
         if name == "upsampled":
             row["GFLOP a picture"] = counter.get_total_flops() / 4e9
         rows.append(row)
-    bench.strips("upsampler", (blocks(small), bicubic(small), pictures["upsampled"], large,
-                               blocks(drawn), bicubic(drawn), pictures["drawn, upsampled"]),
-                 "Small, bicubic, upsampled, render; drawn: small, bicubic, upsampled.")
+    bench.strips("upsampler", (
+        plain(small, "nearest"), pictures["bicubic"], pictures["upsampled"], large,
+        plain(drawn, "nearest"), plain(drawn), pictures["drawn, upsampled"]),
+        "Small, bicubic, upsampled, render; drawn: small, bicubic, upsampled.")
     return rows
 
 
@@ -540,14 +541,16 @@ def edit(bench):
     now = [(list(COLOURS)[c], SHAPES[s])
            for c, s in zip(labels["colour"][:, 0], labels["shape"][:, 0])]
     pairs, rng = set(product(COLOURS, SHAPES)) - UNSEEN, random.Random(f"edit/{bench.seed}")
-    new = [rng.choice(sorted(p for p in pairs if p != pair and p[1 - i % 2] == pair[1 - i % 2]))
-           for i, pair in enumerate(now)]
+    new = []
+    for i, pair in enumerate(now):
+        kept = 1 - i % 2                                     # the shape (1) or the colour (0)
+        new.append(rng.choice(sorted(p for p in pairs if p != pair and p[kept] == pair[kept])))
     present, to = ([noun(*pair) for pair in some] for some in (now, new))
     near, photo = (bench.unclip.text_diff(to, base) for base in (present, ["a photo"]))
     ways = [(base, z_d, theta) for base, z_d in (("the present caption", near), ("a photo", photo))
             for theta in (0.1, 0.2, 0.3, 0.4, 0.5)] + [("another's diff", near.roll(2, 0), 0.5)]
     (z_i, x_T), saw = bench.latents(images), bench.judge.read(images)
-    reshaped = torch.arange(len(to)) % 2 == 1
+    reshaped = torch.arange(len(to)) % 2 == 1                # where the shape is to change
 
     def measure(x, seen):
         right = compare(to, seen)["all"]
@@ -697,7 +700,7 @@ def run(name, bench):
     old = page.read_text(encoding="utf-8").split("\n## ")[1:] if page.exists() else []
     sections = {text.split(":")[0]: text for text in old} | {name: section}
     text = "\n## ".join([HEAD] + [sections[key] for key in EXPERIMENTS if key in sections])
-    write_safely(page, lambda path: path.write_text(text, encoding="utf-8"))
+    write_safely(page, lambda path: path.write_text(text, "utf-8", "backslashreplace"))
     print(f"## {section}", flush=True)
 
 
@@ -719,7 +722,9 @@ def command(argv):
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise ValueError(f"--{name} {getattr(args, name)}: choose {least} or more")
     check_out(args.out)
-    unclip = UnCLIP.load(args.weights, find_device(args.device))
+    device = find_device(args.device)
+    with about("--weights"):
+        unclip = UnCLIP.load(args.weights, device)
     data = unclip.clip.trained["data"]
     fit = [name for name in EXPERIMENTS if data in REAL.get(name, {"shapes"})
            and (name != "upsampler" or unclip.parts["upsampler"])]

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from checkpoints import SHIPPED, load_part, save_part, say
 from data import load
 from shapes import (COLOURS, RELATIONS, SHAPES, SIN, SIZES, Scene, Solid, labels_of, outline,
-                    parse_caption, render, sample_scene, to_float, to_uint8)
+                    parse_caption, render, sample_scene, to_float)
 
 # ---- The judge -----------------------------------------------------------------------------------
 
