@@ -12,6 +12,7 @@ import os
 import sys
 import tempfile
 import warnings
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import torch
 from clip_tiny import CLIP, CLIPConfig, Tokenizer
 from decoder import Decoder, DecoderConfig, Upsampler, UpsamplerConfig
 from prior import ARPrior, ARPriorConfig, DiffusionPrior, DiffusionPriorConfig
+from shapes import write_safely
 
 PARTS = {"clip": (CLIP, CLIPConfig), "prior": (DiffusionPrior, DiffusionPriorConfig),
          "ar_prior": (ARPrior, ARPriorConfig), "decoder": (Decoder, DecoderConfig),
@@ -31,18 +33,8 @@ FORMAT = 2
 # ---- Files -------------------------------------------------------------------------------------
 
 def write_torch(path, value):
-    """torch.save that never leaves half a file: it writes a second file and renames that."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(beside, "wb") as file:
-            torch.save(value, file)
-            file.flush()
-            os.fsync(file.fileno())          # or a power cut could leave the new name, but no bytes
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    """torch.save that never leaves half a file."""
+    write_safely(path, lambda temporary: torch.save(value, temporary))
 
 
 def read_torch(path):
@@ -51,8 +43,8 @@ def read_torch(path):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")          # torch warns of files that are refused anyway
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (FileNotFoundError, IsADirectoryError, PermissionError):
-        raise
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        raise OSError(f"{path}: {error.strerror}; use a file written by train.py") from None
     except Exception:                        # a broken archive makes torch raise almost anything
         raise ValueError(f"{path}: refused, not a whole checkpoint of plain weights (cut short? "
                          f"code in it?); use a file written by train.py") from None
@@ -99,7 +91,8 @@ def load_part(path, device="cpu", parts=PARTS):
         model.load_state_dict(sound_weights(checkpoint["weights"]), strict=True)
         model.clip_id, model.trained = checkpoint["clip_id"], checkpoint["trained"]
         assert isinstance(model.clip_id, str | None), "its clip_id is no text"
-        assert isinstance(model.trained["data"], str), "it does not say on what it was trained"
+        assert isinstance(model.trained, dict) and isinstance(model.trained["data"], str), \
+            "it does not say on what it was trained"
         if part == "clip":
             model.tokenizer = Tokenizer(**checkpoint["tokenizer"])
             belongs = model.tokenizer.vocab, model.tokenizer.context
@@ -117,7 +110,7 @@ def sound_config(config, values):
     for field in fields(config):
         value = values.get(field.name, field.default)
         numbers = value if field.type is tuple else (value,)
-        most = 1 if field.type is float else 2 ** 16
+        most = 1 if field.type is float else 2 ** 13
         assert isinstance(value, field.type) and all(
             isinstance(n, (int, float)) and 0 <= n <= most for n in numbers), \
             f"{field.name} is {value!r}"
@@ -191,6 +184,15 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message}; see --help")
 
 
+@contextmanager
+def about(flag):
+    """Whatever is refused in here is told as a fault of this flag's value."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{flag} {error}") from None
+
+
 def find_device(name):
     """The torch.device of --device. Raises ValueError if this machine has none of that name."""
     try:
@@ -219,9 +221,10 @@ def say(text):
 def run_command(name, command, argv=None):
     """Call command(argv) → the exit status: its own or 0; 130 if it was stopped; 2 if it raised
     what a user can mend, which is told in one line."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):              # a console may lack a character
-            stream.reconfigure(errors="backslashreplace")
+    for stream in (sys.stdout, sys.stderr):             # a console may lack a character, and the
+        if hasattr(stream, "reconfigure"):              # name of a file may be no text at all
+            raw = stream is sys.stdout and stream.encoding.lower() in ("utf-8", "utf8")
+            stream.reconfigure(errors="surrogateescape" if raw else "backslashreplace")
     keep_freed_memory()
     try:
         return command(argv) or 0

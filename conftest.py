@@ -10,6 +10,16 @@ sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)       # the models of the tests are tiny: more threads would only wait
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: minutes long; pytest -m slow runs these alone")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if item.get_closest_marker("slow") and "slow" not in config.option.markexpr:
+            item.add_marker(pytest.mark.skip(reason="takes minutes: pytest -m slow runs it"))
+
+
 def shake(model, by=0.05):
     """Add noise to all weights: layers that start at zero would hide what comes before them."""
     with torch.no_grad():
@@ -33,6 +43,13 @@ def learn(model, loss, steps, lr):
         loss().backward()
         optimizer.step()
     return model.eval().requires_grad_(False)
+
+
+def same_bits(a, b):
+    """Are two tensors, or dicts of tensors and other things, the same?"""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_bits(a[k], b[k]) for k in a)
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 def tiny_parts():
@@ -78,4 +95,47 @@ def tiny_weights(tmp_path_factory):
     folder = tmp_path_factory.mktemp("weights")
     for part, model in tiny_parts().items():
         save_part(folder / f"{part}.pt", part, model, model.trained)
+    return folder
+
+
+# ---- train.py on tiny models ---------------------------------------------------------------------
+
+TINY = {"clip": dict(width=64, depth=1, dim=16), "prior": dict(width=32, depth=1),
+        "ar-prior": dict(width=32, depth=1, buckets=8),
+        "decoder": dict(channels=(8, 32), blocks=(1, 1), attention=(False, True), width=32,
+                        text_depth=1),
+        "upsampler": dict(channels=(8,), blocks=(1,), width=16)}
+FEW = dict(LARGE_PICTURES=4, VALIDATION_PICTURES=6, VALIDATION_DRAWS=16, LOG_ROWS=3)
+
+
+@pytest.fixture(scope="module")
+def tiny_training(tmp_path_factory):
+    """Tiny models, few pictures, which are rendered once, and no shipped weights."""
+    import checkpoints
+    import train
+
+    with pytest.MonkeyPatch.context() as patch:
+        base = tmp_path_factory.getbasetemp()
+        patch.setenv("UNCLIP_CACHE", str(base / "cache"))
+        patch.setitem(train.SIZES, "small", TINY)
+        for name, value in FEW.items():
+            patch.setattr(train, name, value)
+        for module in (train, checkpoints):
+            patch.setattr(module, "SHIPPED", base / "nothing")
+        yield
+
+
+def type_train(*argv, steps=2, limit=24):
+    """Call train.py as it is typed → its exit status."""
+    import train
+
+    return train.main([str(a) for a in ("--device", "cpu", "--limit", limit, "--batch-size", 8,
+                                        "--steps", steps, *argv)])
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_training, tmp_path_factory):
+    """A folder in which every stage ran, for two steps. Read only; copy it to change it."""
+    folder = tmp_path_factory.mktemp("trained")
+    assert type_train("--out", folder) == 0
     return folder

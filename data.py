@@ -125,7 +125,8 @@ def shapes(split, size, limit, data_dir, seed, cache):
     except RuntimeError:
         raise ValueError(f"{N:,} images of {size} pixels need {N * 3 * size ** 2 / 1e9:,.0f} GB of "
                          "memory: choose a smaller limit") from None
-    scenes, captions = zip(*(item(split, i, seed) for i in range(N)))
+    numbers = tqdm(range(N), f"scenes of {split} shapes", delay=2, leave=False)
+    scenes, captions = zip(*(item(split, i, seed) for i in numbers))
     with tqdm(desc=f"rendering {split} shapes, {size} pixels", total=N, delay=0.5) as bar:
         for first in range(0, N, BLOCK):
             block = slice(first, first + BLOCK)
@@ -264,7 +265,7 @@ def read_all(paths, title, images, sound):
         except Exception:    # as in read_image()
             return None
     with lenient_pillow(), ThreadPool() as pool:
-        for i, image in enumerate(tqdm(pool.imap(read, paths), title, len(paths))):
+        for i, image in enumerate(tqdm(pool.imap(read, paths), title, len(paths), delay=0.5)):
             if image is not None:
                 images[i], sound[i] = image, True
 
@@ -338,7 +339,8 @@ def report(title, top, files, captions, N, left_out):
     reasons = ", ".join(f"{n:,} {why}" for why, n in left_out.items() if n)
     line = f"{title}: {N:,} images" + (f" (left out: {reasons})" if reasons else "")
     if not N:
-        raise ValueError(f"{line}: put two or more pictures that have captions into {top}")
+        raise ValueError(f"--data-dir, {line}: put two or more pictures that have captions into "
+                         f"{top}")
     print(line, file=sys.stderr)
 
 

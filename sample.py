@@ -22,11 +22,11 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from checkpoints import SHIPPED, Parser, check_out, find_device, run_command, say
+from checkpoints import SHIPPED, Parser, about, check_out, find_device, run_command, say
 from data import load, read_image
 from decoder import Decoder
 from shapes import picture_grid, to_float, to_uint8, write_png
-from unclip import UnCLIP
+from unclip import PRIORS, UnCLIP
 
 BATCH = 4                                    # pictures drawn at a time
 MOST, IN_GRID = 10_000, 1_000                # pictures of one command, and in its grid.png
@@ -49,9 +49,15 @@ def command(argv):
     task, ignored = understand(args)
     check_numbers(args)
     check_out(Path(args.out))
-    unclip = UnCLIP.load(args.weights, find_device(args.device))
-    side = unclip.part("decoder").config.image_size
-    given = [to_float(read_image(file, side))[None].to(unclip.device) for file in args.files]
+    device = find_device(args.device)
+    with about("--weights"):
+        unclip = UnCLIP.load(args.weights, device)
+    with about(f"--weights {args.weights}:"):
+        side = unclip.part("decoder").config.image_size
+        if args.prompts and args.prior not in ("text", "none"):
+            unclip.part(PRIORS[args.prior or "diffusion"])
+    with about(f"--{task}"):
+        given = [to_float(read_image(file, side))[None].to(unclip.device) for file in args.files]
     check_captions(args, unclip, ignored)
     write(args, from_pictures(task, args, unclip, *given) if given else from_prompts(args, unclip))
     if args.show:
@@ -122,7 +128,7 @@ def write_steps(args, unclip):
     large = x if args.no_upsample else unclip.upsample(x, args.seed, rows)
     results = [x] if large is x else [x, large]
     strips = [(f'The decoder draws "{args.prompts[0]:.60}". It starts from noise, x_t:', x_t, names),
-              ("What it takes for x_0 at these times:", x_0, names),
+              ("Its estimate of x_0 at these times:", x_0, names),
               ("The result:", [to_uint8(a)[0] for a in results],
                [f"{a.shape[-1]} pixels" for a in results])]
     if z_i is not None and unclip.clip.trained["data"] == "shapes":
@@ -218,9 +224,8 @@ def check_numbers(args):
 
 def check_captions(args, unclip, ignored):
     """Refuse captions that can't be read; tell of what may not be meant as it is understood."""
-    tokens = unclip.clip.tokenizer(args.captions) if args.captions else []
-    if args.edit and tokens[0].equal(tokens[1]):
-        raise ValueError(f'--to "{args.to}": that is what it is edited from; choose another')
+    if args.captions:
+        unclip.clip.tokenizer(args.captions)
     for caption in dict.fromkeys(args.captions):
         if unknown := unclip.clip.tokenizer.unknown_words(caption):
             say(f'note: "{caption}" has words that training never saw: {", ".join(unknown)}')

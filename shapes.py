@@ -40,10 +40,12 @@ def write_safely(path, write):
     """Call write(temporary path), then rename: `path` is never left half written."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
-        temporary.replace(path)
+        with open(temporary, "rb+") as file:    # or a power cut could leave the name, but no bytes
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -35,8 +35,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from checkpoints import (PARTS, SHIPPED, Parser, check_clip, check_out, find_device, load_part,
-                         read_torch, run_command, save_part, say, sound_weights, write_torch)
+from checkpoints import (PARTS, SHIPPED, Parser, about, check_clip, check_out, find_device,
+                         load_part, read_torch, run_command, save_part, say, sound_weights,
+                         write_torch)
 from clip_tiny import Tokenizer
 from diffusion import Noise
 from shapes import picture_grid, to_float, to_uint8, write_png
@@ -82,6 +83,8 @@ SAVE_SECONDS, LOG_ROWS = 180, 100
 LARGE_PICTURES = 4000                # for the upsampler, to which each gives many crops
 VALIDATION_PICTURES, VALIDATION_DRAWS = 1000, 512
 AXES_PICTURES = 10_000               # on which CLIP's principal axes are fitted
+MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") \
+    else math.inf                    # bytes of this machine
 
 
 # ---- The loop ------------------------------------------------------------------------------------
@@ -93,10 +96,13 @@ def train(run):
         return True
     pairs, validation = load_pairs(run)
     model, r, loss_of = build(run, pairs), run.recipe, STAGES[run.stage]
+    check_memory(run, model, pairs)
     state = State(run, model)                            # fresh, or as the last run left it
     run.say(f"from step {state.step} to {r.steps}, {r.batch_size} pictures a step, on {run.device}")
     first, saved, began = state.step, time.monotonic(), time.monotonic() - state.seconds
-    with open_log(run) as log, signals_heeded() as stopped, progress(run, first) as bar:
+    bar = tqdm(desc=run.stage, total=r.steps, initial=first,         # in a file, two lines a minute
+               mininterval=1 if sys.stderr.isatty() else 30)
+    with open_log(run) as log, signals_heeded() as stopped, bar:
         write_log(log, state.rows)
         while state.step < r.steps and not stopped:
             batch = pairs.draw(r.batch_size, state.generator)
@@ -126,6 +132,24 @@ def train(run):
     return done and not stopped
 
 
+def check_memory(run, model, pairs):
+    """Refuse a batch that can't fit. What the loss of two pictures keeps for its gradient tells."""
+    kept, g, n = {}, torch.Generator(run.device), run.recipe.batch_size
+    have = torch.cuda.mem_get_info(run.device)[1] if run.device.type == "cuda" else MEMORY
+
+    def note(a):
+        kept[a.untyped_storage().data_ptr()] = a.untyped_storage().nbytes()
+        return a
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda a: a), autocast(run.device):
+        loss = STAGES[run.stage](model, pairs.draw(2, g), g)
+    for p in model.parameters():                         # they are there once, for any batch
+        kept.pop(p.untyped_storage().data_ptr(), None)
+    need = sum(kept.values()) / 2 * n
+    if need > have:
+        raise ValueError(f"--batch-size {n}: needs {need / 1e9:,.1f} GB of memory, and there are "
+                         f"{have / 1e9:,.1f}; choose {int(n * have / need)} or less")
+
+
 def learning_rate(step, recipe):
     """differs from the paper: a linear warm-up, 2 % of the steps, then half a cosine to zero."""
     warm_up = max(1, recipe.steps // 50)
@@ -137,12 +161,6 @@ def learning_rate(step, recipe):
 def autocast(device):
     """bf16 on CUDA, where it is fast; float32 elsewhere."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-
-
-def progress(run, first):
-    """A progress bar that begins at the step `first`; in a file, a line every half minute."""
-    return tqdm(desc=run.stage, total=run.recipe.steps, initial=first,
-                mininterval=1 if sys.stderr.isatty() else 30)
 
 
 def report(run, state, validation, log, bar):
@@ -171,7 +189,7 @@ def report(run, state, validation, log, bar):
 def validate(run, ema, pairs):
     """Columns of the log, as (name, value): the loss, with the same draws and noise each time; and
     of a decoder, 1,000 times the error of x_0 at five times t, for each group of pictures."""
-    g, n = torch.Generator(run.device).manual_seed(0), min(run.recipe.batch_size, 128)
+    g, n = torch.Generator(run.device).manual_seed(0), run.recipe.batch_size
     with autocast(run.device):
         losses = [STAGES[run.stage](ema, pairs.draw(n, g), g)
                   for _ in range(math.ceil(VALIDATION_DRAWS / n))]
@@ -343,7 +361,9 @@ class Run:
                       for kind in ("pt", "state.pt", "csv", "png")}
         check_out(self.folder)
         if self.files["csv"].exists():
-            open_log(self).close()
+            open_log(self).close()                     # is another run at work?
+        with about("--init"):
+            self.given = args.init and load_part(Path(args.init) / f"{self.part}.pt", self.device)
         self.clip = self.decoder = None
         if stage not in ("clip", "upsampler"):
             self.clip = self.load_clip()
@@ -351,9 +371,8 @@ class Run:
                 decoder = load_part(self.find("decoder"), self.device)
                 check_clip(decoder, self.clip, "")
                 self.decoder = decoder
-        self.given = args.init and load_part(Path(args.init) / f"{self.part}.pt", self.device)
         if self.given and self.clip:
-            check_clip(self.given, self.clip, args.init)
+            check_clip(self.given, self.clip, f"--init {args.init}")
         flags = ("data", "data_dir", "limit", "size", "seed", "init")
         self.identity = {"stage": stage, "clip": self.clip and self.clip.clip_id,
                          **{name: getattr(args, name) for name in flags}, **asdict(self.recipe)}
@@ -372,7 +391,7 @@ class Run:
         remedy = f"python train.py --stage clip --data {self.args.data} --size {self.args.size}"
         path = self.find("clip")
         if path is None:
-            raise FileNotFoundError(f"{self.folder}/clip.pt is missing; {remedy} makes it")
+            raise FileNotFoundError(f"--out {self.folder}: it has no clip.pt; {remedy} makes it")
         clip = load_part(path, self.device)
         if path.parent != self.folder:
             self.say(f"no clip.pt in {self.folder}, using {path}")
@@ -393,7 +412,7 @@ class Run:
         except (ValueError, TypeError, KeyError, AttributeError):
             raise ValueError(f"{path}: not a whole training state; --restart begins anew") from None
         changed = [f"{name} was {before.get(name)}, now {now}"
-                   for name, now in self.identity.items() if before.get(name) != now]
+                   for name, now in self.identity.items() if repr(before.get(name)) != repr(now)]
         if changed:
             raise ValueError(f"{path}: a run of another configuration ({'; '.join(changed)}); give "
                              f"the same to go on, or --restart to begin anew")
@@ -416,7 +435,7 @@ class State:
         self.sums = torch.zeros(2, device=run.device)            # since the last row: loss, norm
         if run.saved:
             try:
-                self.load(run.saved)
+                self.load(run.saved, r.steps)
             except Exception as error:       # whatever a damaged file holds, the answer is the same
                 reason = (str(error) or type(error).__name__).splitlines()[-1].strip()
                 raise ValueError(f"{run.files['state.pt']}: damaged, or of other captions or "
@@ -436,12 +455,13 @@ class State:
                 "tokenizer": self.model.tokenizer and self.model.tokenizer.state(),
                 "step": self.step, "seconds": self.seconds, "rows": self.rows}
 
-    def load(self, saved):
+    def load(self, saved, steps):
         """The inverse of `dump`. Some exception is raised if `saved` is not one of such a run."""
         s = SimpleNamespace(**saved)
         assert s.tokenizer == self.dump()["tokenizer"], "its captions were others"
-        assert type(s.step) is int and s.step > 0, f"its step is {s.step!r}"
+        assert type(s.step) is int and 0 < s.step <= steps, f"its step is {s.step!r}"
         assert s.seconds >= 0 and all(row["step"] <= s.step for row in s.rows), "its log is wrong"
+        assert type(s.clip_id) is type(self.model.clip_id), f"its clip_id is {s.clip_id!r}"
         self.model.load_state_dict(sound_weights(s.model))
         self.ema.load_state_dict(sound_weights(s.ema))
         groups = self.optimizer.state_dict()["param_groups"]
@@ -449,7 +469,7 @@ class State:
         for p in self.model.parameters():
             moments = sound_weights(self.optimizer.state[p]).values()
             assert [m.shape for m in moments] == [(), p.shape, p.shape], "a moment is missing"
-        self.sums.copy_(s.sums)
+        self.sums.copy_(sound_weights({"sums": s.sums})["sums"])
         self.generator.set_state(s.generator)
         self.step, self.seconds, self.rows = s.step, s.seconds, s.rows
         self.model.clip_id = s.clip_id
@@ -486,16 +506,17 @@ def writing(folder):
     try:
         yield
     except (OSError, RuntimeError) as error:             # torch raises the second for a full disk
-        reason = getattr(error, "strerror", None) or "is the disk full?"
-        raise OSError(f"{folder}: can't be written ({reason}); the last checkpoint in it is whole, "
-                      f"and the same command goes on from that") from None
+        reason = error if isinstance(error, OSError) else "is the disk full?"
+        raise OSError(f"--out {folder}: can't be written ({reason}); what was saved there is whole. "
+                      f"Make room and go on, or choose another folder") from None
 
 
 def open_log(run):
     """The part's CSV file, opened, and locked, so that no other run trains this part here. The
     system takes the lock away when the file is closed or the process dies."""
-    run.folder.mkdir(parents=True, exist_ok=True)
-    log = open(run.files["csv"], "a", newline="", encoding="utf-8")
+    with writing(run.folder):
+        run.folder.mkdir(parents=True, exist_ok=True)
+        log = open(run.files["csv"], "a", newline="", encoding="utf-8")
     try:
         import fcntl
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)

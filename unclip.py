@@ -194,8 +194,8 @@ class UnCLIP:
         0.25 to 0.5. z_t0 belongs to the picture's present caption, or to a dummy such as "a photo".
         x_T stays that of x.
         """
-        z_i, x_T = self.latent(x, steps)
         z_d = self.text_diff([to], [base])
+        z_i, x_T = self.latent(x, steps)
         z_i = slerp(z_i.expand(n, -1), z_d.expand(n, -1), torch.linspace(0, theta, n))
         return self.decode(z_i, x_T.expand(n, *x_T.shape[1:]), steps, guidance=guidance)
 
@@ -207,7 +207,11 @@ class UnCLIP:
         """
         z_t, z_t0 = (self.clip.encode_text(self.clip.tokenizer(y).to(self.device))
                      for y in (to, base))
-        return F.normalize((z_t - z_t0) * self.clip.main, dim=1)
+        z_d = (z_t - z_t0) * self.clip.main
+        if (z_d.norm(dim=1) < 1e-5).any():                           # what is left is rounding
+            raise ValueError(f'--to "{", ".join(to)}": that is what it is edited from; choose '
+                             f'another')
+        return F.normalize(z_d, dim=1)
 
 
 def in_portions(n, f, batch=4):

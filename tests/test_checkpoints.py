@@ -11,13 +11,9 @@ import torch.nn as nn
 import checkpoints
 from checkpoints import (PARTS, Parser, check_out, find_device, load_part, load_parts, read_torch,
                          run_command, save_part, say, write_torch)
+from conftest import same_bits
 
 ALL_PARTS = pytest.mark.parametrize("part", PARTS)
-
-
-def same_bits(model, weights):
-    ours = model.state_dict()
-    return ours.keys() == weights.keys() and all(torch.equal(ours[k], weights[k]) for k in ours)
 
 
 # ---- Files ---------------------------------------------------------------------------------------
@@ -51,7 +47,7 @@ def test_a_part_is_the_same_bits_after_saving_and_loading(tiny_weights, tmp_path
     save_part(tmp_path / f"{part}.pt", part, model, model.trained)
     again = load_part(tmp_path / f"{part}.pt")
     assert type(again) is PARTS[part][0] and again.config == model.config
-    assert same_bits(again, model.state_dict())
+    assert same_bits(again.state_dict(), model.state_dict())
     assert (again.clip_id, again.trained) == (model.clip_id, model.trained)
     assert not again.training and not any(p.requires_grad for p in again.parameters())
 

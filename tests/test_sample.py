@@ -257,65 +257,7 @@ def test_pictures_of_an_earlier_run_are_told(type_in):
     assert "earlier run, as 001.png" in notes(type_in('"a red cube" --n 1')[2])[0]
 
 
-# ---- Faults --------------------------------------------------------------------------------------
-
-def refused(answer, *words, out="samples"):
-    """Status 2, one line that has these words, and nothing written."""
-    status, paths, err = answer
-    assert status == 2 and paths == [] and len(err) == 1, answer
-    assert err[0].startswith("sample.py: ") and all(word in err[0] for word in words), (words, err)
-    assert not os.path.isdir(out)
-
-
-BAD = [("", 'try: python sample.py "a red cube"'), ('""', "empty", '"a red cube"'),
-       ("' \n\t'", "empty"), ('"a red cube" ""', "empty"), ("'" + "word " * 100 + "'", "shorten"),
-       ("cube --n 0", "--n 0", "from 1 to 10000"), ("cube --n -1", "--n -1", "from 1"),
-       ("cube --n two", "--n", "two"), ("cube --n 1.5", "--n", "1.5"),
-       ("cube --n 100000000", "--n 100000000", "from 1 to 10000"),
-       ("cube cone --n 5001", "--n 5001", "from 1 to 5000"),
-       ("--vary a.png --n 10001", "--n 10001", "10000"),
-       ("cube --steps 0", "--steps 0", "from 1 to 1000"), ("cube --steps 1001", "--steps 1001"),
-       ("--reconstruct a.png --steps 1", "--steps 1", "from 2 to 1000"),
-       ("--vary a.png --steps 1", "--steps 1", "from 2"),
-       ("cube --guidance nan", "--guidance nan", "100"), ("cube --guidance inf", "--guidance inf"),
-       ("cube --guidance 1e39", "--guidance 1e+39"), ("cube --eta nan", "--eta nan", "from 0 to 1"),
-       ("cube --eta -0.1", "--eta -0.1"), ("--vary a.png --eta 1.1", "--eta 1.1", "from 0 to 1"),
-       ("cube --seed -1", "--seed -1", "0 or more"), ("cube --seed x", "--seed", "x"),
-       ("cube --device abacus", "--device abacus", "cpu"), ("cube --device meta", "--device meta"),
-       ("cube --device cuda:99", "--device cuda:99", "cpu"),
-       ("cube --prior gan", "--prior", "gan", "diffusion"), ("cube --colour red", "--colour"),
-       ("cube --out", "--out"), ("cube --vary a.png", "--vary", "cube", "choose one"),
-       ("--vary a.png --reconstruct a.png", "--vary", "--reconstruct"),
-       ("--interpolate a.png", "--interpolate"), ("--interpolate a.png b.png --n 1", "--n 1", "2"),
-       ("--edit a.png", "--edit", "--to"), ('--edit a.png --to ""', "empty"),
-       ('--edit a.png --to "a cone" --from ""', "empty"),
-       ('--edit a.png --to "a cube" --from "A  cube"', '--to "a cube"', "choose another"),
-       ("--to cube", "python sample.py"), ("--vary nowhere.png", "nowhere.png"),
-       ("--vary text.png", "text.png"), ("--vary empty.png", "empty.png"), ("--vary .", "."),
-       ("--interpolate a.png nowhere.png", "nowhere.png"), ("cube --weights nowhere", "nowhere"),
-       ("cube --weights bare", "bare", "train.py"), ("cube --weights text.png", "text.png"),
-       ("cube --weights no_prior", "prior", "--stage prior"),
-       ("cube --weights no_ar_prior --prior ar", "ar prior", "--stage ar-prior"),
-       ("cube --weights no_decoder", "decoder", "--stage decoder"),
-       ("cube --weights broken", "broken/prior.pt"), ("cube --out text.png", "--out text.png"),
-       ("cube --out text.png/below", "--out text.png/below"), ("cube --out link", "--out link")]
-
-
-@pytest.mark.parametrize("line, words", [(line, words) for line, *words in BAD])
-def test_a_bad_command_line_ends_in_one_line_that_says_what_to_type(type_in, tiny_weights, line,
-                                                                     words, monkeypatch):
-    monkeypatch.setattr("checkpoints.SHIPPED", sample.Path("unshipped"))
-    open("text.png", "w").write("not a picture"), open("empty.png", "w").close()
-    os.symlink("nowhere", "link"), os.mkdir("bare")
-    if "--weights" in line:
-        for part in ("prior", "ar_prior", "decoder"):
-            shutil.copytree(tiny_weights, f"no_{part}", ignore=lambda *_: [f"{part}.pt"])
-        shutil.copytree(tiny_weights, "broken")
-        os.truncate("broken/prior.pt", 5000)
-    before = sorted(os.listdir())
-    refused(type_in(line, quick="--steps" not in line), *words)
-    assert sorted(os.listdir()) == before
-
+# ---- The command ------------------------------------------------------------------------------
 
 def test_help_tells_every_flag_and_the_defaults(capsys):
     with pytest.raises(SystemExit) as done:

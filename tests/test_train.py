@@ -1,16 +1,11 @@
-"""train.py as it is typed, on tiny models: what a run learns and leaves, how it stops, goes on and
-refuses."""
+"""train.py on tiny models: what a run learns and leaves, how it goes on, and what it refuses."""
 import copy
 import csv
 import math
 import os
-import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
@@ -20,40 +15,15 @@ import torch
 import torch.nn as nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import checkpoints
 import train
 from checkpoints import load_part, load_parts, write_torch
-from conftest import ROOT, tiny_parts
+from conftest import same_bits, tiny_parts, type_train
 from data import Dataset
 from shapes import to_float, write_png
 from unclip import UnCLIP
 
-STAGES = ["clip", "prior", "ar-prior", "decoder", "upsampler"]
-TINY = {"clip": dict(width=64, depth=1, dim=16), "prior": dict(width=32, depth=1),
-        "ar-prior": dict(width=32, depth=1, buckets=8),
-        "decoder": dict(channels=(8, 32), blocks=(1, 1), attention=(False, True), width=32,
-                        text_depth=1),
-        "upsampler": dict(channels=(8,), blocks=(1,), width=16)}
-FEW = dict(LARGE_PICTURES=4, VALIDATION_PICTURES=6, VALIDATION_DRAWS=16, LOG_ROWS=3)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def tiny(tmp_path_factory):
-    """Tiny models, few pictures, which are rendered once, and no shipped weights."""
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("cache")
-        patch.setenv("UNCLIP_CACHE", str(folder))
-        patch.setitem(train.SIZES, "small", TINY)
-        for name, value in FEW.items():
-            patch.setattr(train, name, value)
-        for module in (train, checkpoints):
-            patch.setattr(module, "SHIPPED", folder / "nothing")
-        yield
-
-
-def type_in(*argv, steps=2, limit=24):
-    return train.main([str(a) for a in ("--device", "cpu", "--limit", limit, "--batch-size", 8,
-                                        "--steps", steps, *argv)])
+pytestmark = pytest.mark.usefixtures("tiny_training")
+STAGES = list(train.STAGES)
 
 
 @pytest.fixture
@@ -62,19 +32,11 @@ def call(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
     def call(*argv, **options):
-        status = type_in(*argv, **options)
+        status = type_train(*argv, **options)
         out, err = capsys.readouterr()
         assert out == ""
         return status, [line for line in err.splitlines() if line and not re.search(r"\d%\|", line)]
     return call
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A folder in which every stage ran, for two steps. Read only; see `copied`."""
-    folder = tmp_path_factory.mktemp("trained")
-    assert type_in("--out", folder) == 0
-    return folder
 
 
 @pytest.fixture
@@ -99,12 +61,6 @@ def read(path):
 def log(path):
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
-
-
-def same_bits(a, b):
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same_bits(a[k], b[k]) for k in a)
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 def at_step(monkeypatch, step, do):
@@ -183,10 +139,10 @@ def learnt(tmp_path_factory):
             sets = {"train": coloured(256, 0, folder is folders[1]), "validation": coloured(64, 1)}
             patch.setattr(train.data, "load", lambda name, split, *_: sets[split])
             options = ["--batch-size", 32, "--out", folder]
-            assert type_in("--stage", "clip", *options, steps=12) == 0
+            assert type_train("--stage", "clip", *options, steps=12) == 0
             write_torch(folder / "clip.pt", read(folders[0] / "clip.pt"))
             for stage in ("prior", "ar-prior"):
-                assert type_in("--stage", stage, *options, "--lr", 3e-3, steps=100) == 0
+                assert type_train("--stage", stage, *options, "--lr", 3e-3, steps=100) == 0
     return folders
 
 
@@ -225,87 +181,6 @@ def test_x_0_errors_are_those_of_the_closed_form_for_a_network_that_answers_zero
 
 
 # ---- Stopping and going on -----------------------------------------------------------------------
-
-def two_folders(trained, tmp_path, stage):
-    folders = tmp_path / "whole", tmp_path / "parts"
-    for folder in folders:
-        folder.mkdir()
-        shutil.copy(trained / "clip.pt", folder) if stage not in ("clip", "upsampler") else None
-    return folders
-
-
-def assert_same_run(a, b, stage):
-    """Weights, average, moments, random numbers and log of two runs are the same bits."""
-    states = [read(folder / f"{part(stage)}.state.pt") for folder in (a, b)]
-    for name in ("step", "model", "ema", "optimizer", "generator", "sums"):
-        assert same_bits(*(state[name] for state in states)), name
-    rows = [[{**row, "minutes": 0} for row in log(folder / f"{part(stage)}.csv")]
-            for folder in (a, b)]
-    assert rows[0] == rows[1] != []
-    assert same_bits(*(read(folder / f"{part(stage)}.pt")["weights"] for folder in (a, b)))
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_run_that_was_stopped_goes_on_to_the_same_bits(call, trained, tmp_path, stage, unseen):
-    whole, parts = two_folders(trained, tmp_path, stage)
-    argv, number = ["--stage", stage, "--seed", 3, "--steps", 6, "--out"], signal.SIGINT
-    assert call(*argv, whole)[0] == 0
-    with pytest.MonkeyPatch.context() as patch:      # between two rows of the log
-        number = signal.SIGTERM if stage == "prior" else signal.SIGINT
-        at_step(patch, 3, lambda _: [os.kill(os.getpid(), number) for _ in range(2)])
-        status, err = call(*argv, parts)
-    assert status == 130 and "stopped at step 3" in err[-1]
-    assert load_part(parts / f"{part(stage)}.pt").trained["steps"] == 3      # for use meanwhile
-    status, err = call(*argv, parts)
-    assert status == 0 and any("from step 3 to 6" in line for line in err)
-    assert_same_run(whole, parts, stage)
-
-
-def kill(argv, state, seed):
-    """Start a process that saves at every step; kill it at a random moment after its first save."""
-    code = f"""import sys, time; sys.path.insert(0, {str(ROOT)!r}); import torch, train
-torch.set_num_threads(1)
-rate = train.learning_rate                           # it waits, and in the last step for ever
-train.learning_rate = lambda k, r: time.sleep(0.1 if k + 1 < r.steps else 999) or rate(k, r)
-train.SIZES["small"], train.SAVE_SECONDS = {TINY!r}, -1
-vars(train).update({FEW!r}, picture_to_watch=lambda *_: None)
-train.main(sys.argv[1:])"""
-    before = state.stat().st_mtime_ns if state.exists() else 0
-    process = subprocess.Popen([sys.executable, "-c", code, *map(str, argv)], stderr=-1)
-    while process.poll() is None and not (state.exists() and state.stat().st_mtime_ns > before):
-        time.sleep(0.005)
-    time.sleep(random.Random(seed).uniform(0, 0.5))
-    process.kill()
-    assert process.wait() == -signal.SIGKILL, process.stderr.read().decode()
-
-
-def assert_kills_lose_nothing(call, trained, tmp_path, stage, kills, steps):
-    whole, parts = two_folders(trained, tmp_path, stage)
-    argv = ["--stage", stage, "--seed", 3, "--steps", steps, "--batch-size", 8, "--limit", 24,
-            "--device", "cpu", "--out"]
-    state = parts / f"{part(stage)}.state.pt"
-    for number in range(kills):
-        if number == 0 or read(state)["step"] < steps - 1:
-            kill([*argv, parts], state, number)
-        load_part(parts / f"{part(stage)}.pt")               # is whole at any time
-    assert call(*argv, parts)[0] == call(*argv, whole)[0] == 0
-    assert_same_run(whole, parts, stage)
-    assert not list(parts.glob("*.tmp"))
-
-
-@pytest.mark.parametrize("stage", ["clip", "prior"])
-def test_a_process_that_is_killed_loses_nothing_that_was_saved(call, trained, tmp_path, stage,
-                                                              unseen):
-    assert_kills_lose_nothing(call, trained, tmp_path, stage, kills=1, steps=8)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", STAGES)
-def test_twenty_kills_lose_nothing_either(call, trained, tmp_path, stage, unseen, request):
-    if "slow" not in request.config.option.markexpr:
-        pytest.skip("pytest -m slow runs it")
-    assert_kills_lose_nothing(call, trained, tmp_path, stage, kills=20, steps=120)
-
 
 def test_a_signal_in_the_last_step_of_a_stage_ends_the_command_too(call, monkeypatch):
     at_step(monkeypatch, 2, interrupt)
@@ -346,7 +221,7 @@ def halfway(trained, tmp_path_factory):
     folder = tmp_path_factory.mktemp("halfway")
     with pytest.MonkeyPatch.context() as patch:
         at_step(patch, 2, interrupt)
-        assert type_in("--stage", "clip", "--out", folder, steps=4) == 130
+        assert type_train("--stage", "clip", "--out", folder, steps=4) == 130
     return folder
 
 
@@ -389,7 +264,7 @@ def test_what_is_no_number_never_overwrites_good_weights(call, copied, monkeypat
         backward = staticmethod(lambda ctx, g: g * math.nan)
 
     def loss_of(model, b, g):
-        steps.append(1) if model.training else None
+        steps.append(1) if model.training and len(b.x) == 8 else None    # one is tried with two
         return Bad.apply(loss(model, b, g)) if len(steps) == 4 else loss(model, b, g)
     steps, loss = [], train.STAGES["prior"]
     monkeypatch.setitem(train.STAGES, "prior", loss_of)
@@ -646,38 +521,6 @@ def test_few_pictures_of_one_s_own_with_long_captions_train_every_stage(call, tm
 def test_cifar10_has_no_upsampler(call):
     status, err = call("--data", "cifar10", "--stage", "upsampler", "--out", "run")
     assert status == 0 and len(err) == 1 and "left out" in err[0] and not os.path.exists("run")
-
-
-@pytest.mark.parametrize("argv, words", [
-    (["--steps", "0"], ["--steps 0"]), (["--steps", "1.5"], ["--steps", "1.5"]),
-    (["--batch-size", "0"], ["--batch-size 0"]), (["--batch-size", "1"], ["--batch-size 1", "2"]),
-    (["--stage", "clip", "--batch-size", "1"], ["--batch-size 1", "2"]),
-    (["--limit", "-3"], ["--limit -3"]), (["--lr", "nan"], ["--lr nan"]), (["--lr", "0"], ["--lr"]),
-    (["--lr", "inf"], ["--lr inf"]), (["--lr", "1e10"], ["--lr 1"]), (["--seed", "-1"], ["--seed"]),
-    (["--seed", str(2**64)], [f"--seed {2**64}"]), (["--device", "abacus"], ["abacus", "cpu"]),
-    (["--device", "meta"], ["--device meta", "cpu"]), (["--stage", "judge"], ["judge", "decoder"]),
-    (["--size", "huge"], ["--size", "huge", "base"]), (["--data", "faces"], ["--data", "faces"]),
-    (["--colour", "red"], ["--colour"]), (["--step", "3"], ["--step"]),
-    (["--stage", "decoder", "--init", "nowhere"], ["nowhere"]), (["--init", "."], ["--stage"]),
-    (["--stage", "clip", "--init", "."], ["clip.pt"]), (["--out", "file"], ["--out file"]),
-    (["--out", "file/below"], ["--out file/below"]), (["--out", "logs"], ["logs/clip.csv"]),
-    (["--stage", "prior"], ["run/clip.pt", "--stage clip"]),
-    (["--stage", "decoder", "--size", "base"], ["run/clip.pt", "--stage clip", "--size base"])])
-def test_what_can_be_told_at_once_is_one_line_before_any_work(call, monkeypatch, argv, words):
-    open("file", "w").close()
-    os.makedirs("logs/clip.csv")
-    monkeypatch.setattr(train.data, "load", None)
-    status, err = call("--out", "run", *argv)
-    assert status == 2 and len(err) == 1 and all(word in err[0] for word in words), err
-    assert sorted(os.listdir()) == ["file", "logs"] and os.listdir("logs") == ["clip.csv"]
-
-
-@pytest.mark.parametrize("argv, word", [
-    (["coco"], "--data-dir"), (["folder"], "--data-dir"), (["coco", "--data-dir", "wrong"], "wrong"),
-    (["folder", "--data-dir", "wrong"], "wrong"), (["cifar10", "--data-dir", "wrong"], "wrong")])
-def test_data_that_are_not_there_are_one_line_and_leave_nothing_behind(call, argv, word):
-    status, err = call("--out", "run", "--data", *argv)
-    assert status == 2 and len(err) == 1 and word in err[0] and not os.listdir(), err
 
 
 def test_what_does_not_fit_its_clip_is_refused(call, copied):
