@@ -178,7 +178,7 @@ def read_image(path, size):
 
 @contextmanager
 def lenient_pillow():
-    """Pillow does not warn of odd files, and upright() alone refuses pictures that are too large."""
+    """Pillow does not warn of odd files, and upright() alone refuses too large pictures."""
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         with warnings.catch_warnings():
