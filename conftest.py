@@ -1,5 +1,6 @@
 """What several tests use."""
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -108,8 +109,8 @@ TINY = {"clip": dict(width=64, depth=1, dim=16), "prior": dict(width=32, depth=1
 FEW = dict(LARGE_PICTURES=4, VALIDATION_PICTURES=6, VALIDATION_DRAWS=16, LOG_ROWS=3)
 
 
-@pytest.fixture(scope="module")
-def tiny_training(tmp_path_factory):
+@contextmanager
+def tiny_models(tmp_path_factory):
     """Tiny models, few pictures, which are rendered once, and no shipped weights."""
     import checkpoints
     import train
@@ -125,6 +126,12 @@ def tiny_training(tmp_path_factory):
         yield
 
 
+@pytest.fixture(scope="module")
+def tiny_training(tmp_path_factory):
+    with tiny_models(tmp_path_factory):
+        yield
+
+
 def type_train(*argv, steps=2, limit=24):
     """Call train.py as it is typed → its exit status."""
     import train
@@ -133,9 +140,10 @@ def type_train(*argv, steps=2, limit=24):
                                         "--steps", steps, *argv)])
 
 
-@pytest.fixture(scope="module")
-def trained(tiny_training, tmp_path_factory):
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
     """A folder in which every stage ran, for two steps. Read only; copy it to change it."""
     folder = tmp_path_factory.mktemp("trained")
-    assert type_train("--out", folder) == 0
+    with tiny_models(tmp_path_factory):
+        assert type_train("--out", folder) == 0
     return folder

@@ -127,7 +127,7 @@ def write_steps(args, unclip):
     names, x_t, x_0 = zip(*(moments[round(k * (len(moments) - 1) / 7)] for k in range(8)))
     large = x if args.no_upsample else unclip.upsample(x, args.seed, rows)
     results = [x] if large is x else [x, large]
-    strips = [(f'The decoder draws "{args.prompts[0]:.60}". It starts from noise, x_t:', x_t, names),
+    strips = [(f'The decoder draws "{args.prompts[0]:.60}". It starts from noise:', x_t, names),
               ("Its estimate of x_0 at these times:", x_0, names),
               ("The result:", [to_uint8(a)[0] for a in results],
                [f"{a.shape[-1]} pixels" for a in results])]
@@ -135,7 +135,7 @@ def write_steps(args, unclip):
         known = load("shapes", "train", limit=2000).images
         near = torch.cat([unclip.clip.encode_image(to_float(some).to(unclip.device)) @ z_i[0]
                           for some in known.split(250)]).topk(4)
-        strips.insert(0, ("The prior drew z_i. Of 2,000 training pictures, these are nearest to it:",
+        strips.insert(0, ("The prior drew z_i. Of 2,000 training pictures, these are nearest:",
                           known[near.indices.cpu()], [f"z·z_i = {dot:.2f}" for dot in near.values]))
     sheet = Image.new("RGB", (800, 152 * len(strips) + 161), "white")
     pen, y = ImageDraw.Draw(sheet), 6

@@ -17,6 +17,7 @@ Next chapter: sample.py.
 
 import copy
 import csv
+import hashlib
 import math
 import os
 import secrets
@@ -147,7 +148,7 @@ def check_memory(run, model, pairs):
     need = sum(kept.values()) / 2 * n
     if need > have:
         raise ValueError(f"--batch-size {n}: needs {need / 1e9:,.1f} GB of memory, and there are "
-                         f"{have / 1e9:,.1f}; choose {int(n * have / need)} or less")
+                         f"{have / 1e9:,.1f}; choose {max(1, int(n * have / need))} or less")
 
 
 def learning_rate(step, recipe):
@@ -264,12 +265,27 @@ class Pairs:
         if tokenizer:
             self.tokens = tokenizer(self.texts, truncate=True).to(device)          # (texts, L)
         if clip:
-            views = [self.images, self.images.flip(3)][:1 + self.flips]
-            self.z_i = torch.stack([embed_images(clip, view) for view in views])   # (views, N, D)
-            self.z_t = torch.cat([clip.encode_text(y) for y in self.tokens.split(500)])
+            self.z_i, self.z_t = self.embeddings()       # (views, N, D), (texts, D)
         solids = dataset.labels.get("count", torch.zeros(len(dataset)))
         self.groups = {name: (solids == k).nonzero()[:64, 0].to(device)
                        for k, name in enumerate(("all", "one", "two")) if (solids == k).any()}
+
+    @torch.no_grad()
+    def embeddings(self):
+        """z_i and z_t of all, from the cache if they lie there. Its file is named by a hash of what
+        they are a function of: CLIP's weights, the pictures and the tokens."""
+        views, D = [self.images, self.images.flip(3)][:1 + self.flips], self.clip.config.dim
+        code = hashlib.sha256()
+        for tensor in [self.images, self.tokens, *self.clip.state_dict().values()]:
+            code.update(tensor.cpu().numpy())
+        name = f"embeddings-v1-{code.hexdigest()[:20]}.pt"
+        kept = data.read_cache(name, {"z_i": torch.zeros(0, len(self.images), D),
+                                      "z_t": torch.zeros(0, D)})
+        if kept is None:
+            kept = {"z_i": torch.stack([embed_images(self.clip, view) for view in views]),
+                    "z_t": torch.cat([self.clip.encode_text(y) for y in self.tokens.split(500)])}
+            data.write_cache(name, {key: z.cpu() for key, z in kept.items()})
+        return (kept[key].to(self.images.device) for key in ("z_i", "z_t"))
 
     def draw(self, n, generator):
         """A batch of n random pictures, with a random caption, and mirroring, of each."""
@@ -507,8 +523,8 @@ def writing(folder):
         yield
     except (OSError, RuntimeError) as error:             # torch raises the second for a full disk
         reason = error if isinstance(error, OSError) else "is the disk full?"
-        raise OSError(f"--out {folder}: can't be written ({reason}); what was saved there is whole. "
-                      f"Make room and go on, or choose another folder") from None
+        raise OSError(f"--out {folder}: can't be written ({reason}); what was saved there is "
+                      f"whole, so make room and go on, or choose another folder") from None
 
 
 def open_log(run):

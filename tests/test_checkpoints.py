@@ -96,12 +96,14 @@ DAMAGE = {
     "the config is a list": lambda c: c.update(config=[1]),
     "there is no config": lambda c: c.pop("config"),
     "a size is a word": config(dim="large"), "a size is negative": config(width=-32),
-    "a size is enormous": config(width=10**9), "a size is missing": lambda c: c["config"].pop("dim"),
+    "a size is enormous": config(width=10**9),
+    "a size is missing": lambda c: c["config"].pop("dim"),
     "a size is not the weights'": config(width=64), "channels are a number": config(channels=3),
     "no CLIP is named": lambda c: c.pop("clip_id"), "its CLIP is a number": lambda c: c.update(
         clip_id=7),
     "no data set is named": lambda c: c["trained"].pop("data"),
     "the training is a number": lambda c: c.update(trained=7),
+    "the training is a tensor": lambda c: c.update(trained=torch.zeros(2)),
     "the format is another": lambda c: c.update(format=999),
     "the format is missing": lambda c: c.pop("format"), "the part is a list": lambda c: c.update(
         part=["decoder"]),
@@ -126,8 +128,8 @@ def test_a_checkpoint_is_refused_in_one_line_that_names_it_if(tiny_weights, tmp_
 
 
 @pytest.mark.parametrize("spoil", [
-    lambda t: t["merges"].pop(), lambda t: t["merges"].append([9, 9]), lambda t: t.update(context=8),
-    lambda t: t.update(words=3), lambda t: t.pop("words"), lambda t: t.update(merges="abc")])
+    lambda t: t["merges"].pop(), lambda t: t["merges"].append([9, 9]), lambda t: t.pop("words"),
+    lambda t: t.update(context=8), lambda t: t.update(words=3), lambda t: t.update(merges="abc")])
 def test_a_tokenizer_that_is_not_the_weights_is_refused(tiny_weights, tmp_path, spoil):
     checkpoint = read_torch(tiny_weights / "clip.pt")
     spoil(checkpoint["tokenizer"])
@@ -235,11 +237,16 @@ def test_a_fault_of_the_code_is_not_hidden_and_a_command_s_own_status_is_kept():
     assert run_command("x.py", lambda argv: None) == 0
 
 
-def test_no_character_is_too_much_for_a_console(monkeypatch, tmp_path):
-    with open(tmp_path / "console", "w", encoding="ascii") as console:
-        monkeypatch.setattr("sys.stderr", console)
-        assert run_command("x.py", lambda argv: say("θ = 0.5, ein Würfel")) == 0
-    assert (tmp_path / "console").read_text() == "\\u03b8 = 0.5, ein W\\xfcrfel\n"
+@pytest.mark.parametrize("stream, encoding, command, content", [
+    ("stderr", "ascii", lambda argv: say("θ = 0.5, ein Würfel"), b"\\u03b8 = 0.5, ein W\\xfcrfel\n"),
+    ("stdout", "cp1252", lambda argv: print("θ ü"), b"\\u03b8 \xfc\n"),
+    ("stdout", "utf-8", lambda argv: print(os.fsdecode(b"caf\xe9/0.png")), b"caf\xe9/0.png\n")])
+def test_no_character_is_too_much_for_a_console_and_a_path_stays_as_it_is(
+        monkeypatch, tmp_path, stream, encoding, command, content):
+    with open(tmp_path / "console", "w", encoding=encoding) as console, monkeypatch.context() as m:
+        m.setattr(f"sys.{stream}", console)
+        assert run_command("x.py", command) == 0
+    assert (tmp_path / "console").read_bytes() == content
 
 
 def test_flags_are_not_guessed_and_faults_are_raised():

@@ -237,7 +237,9 @@ def first(state, name):
     lambda s: s["optimizer"][0]["exp_avg_sq"].fill_(math.nan), lambda s: s.update(identity=None),
     lambda s: s.update(generator=torch.zeros(3)), lambda s: s.update(rows=[1, 2]), dict.clear,
     lambda s: s["tokenizer"]["merges"].pop(), lambda s: s.update(sums=torch.zeros(5)),
-    lambda s: s.update(model=[1]), b"", b"hello", 5000])
+    lambda s: s["sums"].fill_(math.nan), lambda s: s.update(step=5), lambda s: s.update(clip_id=3),
+    lambda s: s["identity"].update(lr=torch.zeros(2)), lambda s: s.update(model=[1]), b"", b"hello",
+    5000])
 def test_a_damaged_state_is_refused_in_one_line_that_names_it(call, halfway, tmp_path, spoil):
     path = shutil.copytree(halfway, tmp_path / "run") / "clip.state.pt"
     if isinstance(spoil, int):
@@ -274,6 +276,22 @@ def test_what_is_no_number_never_overwrites_good_weights(call, copied, monkeypat
     state = read(copied / "prior.state.pt")
     assert state["step"] == load_part(copied / "prior.pt").trained["steps"] == 3
     assert all(value.isfinite().all() for value in state["model"].values())
+
+
+def test_a_batch_beyond_memory_is_refused_with_what_it_would_take(call, monkeypatch):
+    monkeypatch.setattr(train, "MEMORY", 1e6)
+    status, err = call("--stage", "upsampler", "--out", "run")
+    assert status == 2 and len(err) == 1, err
+    assert re.search(r"size 8: .* GB .* choose [1-7] or", err[0])
+    assert not os.path.exists("run")
+
+
+def test_validation_has_batches_of_the_training_s_size(call, monkeypatch):
+    sizes, loss = set(), train.STAGES["clip"]        # a contrastive loss depends on its batch
+    monkeypatch.setitem(train.STAGES, "clip", lambda model, b, g: (
+        sizes.add((model.training, len(b.x))), loss(model, b, g))[1])
+    assert call("--stage", "clip", "--out", "run", "--batch-size", 200, steps=1)[0] == 0
+    assert sizes == {(True, 2), (True, 200), (False, 200)}               # two: see check_memory
 
 
 def test_a_second_run_of_a_part_in_a_folder_is_refused_while_the_first_runs(call, copied, unseen):
@@ -313,7 +331,7 @@ def test_clip_pt_lies_on_the_principal_axes_of_its_z_i_and_no_angle_changed(trai
     assert (covariance.diag().diff() < 1e-6).all()                       # the largest first
     assert clip.whiten(z).mean(0).abs().max() < 1e-3
     plain = train.build(run, pairs).eval()
-    plain.load_state_dict(read(trained / "clip.state.pt")["ema"])        # what trains on: not turned
+    plain.load_state_dict(read(trained / "clip.state.pt")["ema"])        # trains on, and not turned
     before = train.embed_images(plain, pairs.images)
     assert torch.allclose(z @ z.T, before @ before.T, atol=1e-5)
 
