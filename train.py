@@ -277,11 +277,11 @@ class Pairs:
         views, D = [self.images, self.images.flip(3)][:1 + self.flips], self.clip.config.dim
         code = hashlib.sha256()
         for tensor in [self.images, self.tokens, *self.clip.state_dict().values()]:
-            code.update(tensor.cpu().numpy())
+            code.update(tensor.cpu().contiguous().numpy())
         name = f"embeddings-v1-{code.hexdigest()[:20]}.pt"
         kept = data.read_cache(name, {"z_i": torch.zeros(0, len(self.images), D),
                                       "z_t": torch.zeros(0, D)})
-        if kept is None:
+        if kept is None or (len(kept["z_i"]), len(kept["z_t"])) != (len(views), len(self.tokens)):
             kept = {"z_i": torch.stack([embed_images(self.clip, view) for view in views]),
                     "z_t": torch.cat([self.clip.encode_text(y) for y in self.tokens.split(500)])}
             data.write_cache(name, {key: z.cpu() for key, z in kept.items()})

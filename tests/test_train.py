@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from checkpoints import load_part, load_parts, write_torch
-from conftest import same_bits, tiny_parts, type_train
+from conftest import same_bits, shake, tiny_parts, type_train
 from data import Dataset
 from shapes import to_float, write_png
 from unclip import UnCLIP
@@ -487,6 +487,24 @@ def test_a_batch_is_what_clip_says_of_its_pictures_and_captions(pairs):
     assert same_bits(vars(b), vars(again)) and not torch.equal(b.x, other.x)
     plain, mirrored = each(to_float(d.images)), each(to_float(d.images.flip(3)))
     assert each(b.x) <= plain | mirrored and bool(each(b.x) & mirrored) == d.flips
+
+
+def test_embeddings_are_kept_for_the_same_weights_pictures_and_captions_alone(
+        pairs, monkeypatch, tmp_path):
+    (d, clip, _), counted, encode = pairs, [], train.embed_images
+    monkeypatch.setenv("UNCLIP_CACHE", str(tmp_path))
+    monkeypatch.setattr(train, "embed_images", lambda *a: counted.append(1) or encode(*a))
+    make = lambda d, clip: train.Pairs(d, clip.tokenizer, clip, "cpu")
+    first, again, views = make(d, clip), make(d, clip), 1 + d.flips
+    assert len(counted) == views
+    assert torch.equal(first.z_i, again.z_i) and torch.equal(first.z_t, again.z_t)
+    make(replace(d, images=255 - d.images), clip)
+    make(replace(d, captions=[["other words"]] * len(d)), clip)
+    make(d, shake(copy.deepcopy(clip)))
+    assert len(counted) == 4 * views
+    for file in tmp_path.iterdir():
+        torch.save({"z_i": first.z_i[:0], "z_t": first.z_t}, file)       # of another length
+    assert torch.equal(make(d, clip).z_i, first.z_i)
 
 
 def test_a_picture_is_drawn_with_its_own_captions_alike_often(pairs):
