@@ -33,6 +33,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")      # before torch: idle th
 
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
@@ -80,7 +81,7 @@ STAGES = {
     "decoder": lambda model, b, g: model.loss(b.x, b.z_i, b.tokens, g),
     "upsampler": lambda model, b, g: model.loss(b.x, g)}
 
-SAVE_SECONDS, LOG_ROWS = 180, 100
+SAVE_SECONDS, LOG_ROWS, PROFILE_SECONDS = 180, 100, 20
 LARGE_PICTURES = 4000                # for the upsampler, to which each gives many crops
 VALIDATION_PICTURES, VALIDATION_DRAWS = 1000, 512
 AXES_PICTURES = 10_000               # on which CLIP's principal axes are fitted
@@ -105,6 +106,8 @@ def train(run):
                mininterval=1 if sys.stderr.isatty() else 30)
     with open_log(run) as log, signals_heeded() as stopped, bar:
         write_log(log, state.rows)
+        if run.args.restart:                             # or it would pass for this run's state
+            run.files["state.pt"].unlink(missing_ok=True)
         while state.step < r.steps and not stopped:
             batch = pairs.draw(r.batch_size, state.generator)
             with autocast(run.device):
@@ -570,6 +573,68 @@ def signals_heeded():
             signal.signal(number, handler)
 
 
+# ---- The speed -----------------------------------------------------------------------------------
+
+def profile(run):
+    """How fast a stage trains on this machine, and where its time goes: a row of a table. Nothing
+    is saved."""
+    (pairs, _), r, b = load_pairs(run), run.recipe, SimpleNamespace()
+    model = build(run, pairs)
+    state = State(run, model)
+
+    def forward():
+        with autocast(run.device):
+            b.loss = STAGES[run.stage](model, b.batch, state.generator)
+    parts = {"data": lambda: vars(b).update(batch=pairs.draw(r.batch_size, state.generator)),
+             "forward": forward,
+             "backward": lambda: (state.optimizer.zero_grad(), b.loss.backward(),
+                                  torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)),
+             "optimizer": state.optimizer.step, "EMA": lambda: state.update_ema(r.ema)}
+    with FlopCounterMode(display=False) as counter:
+        for part in parts.values():                      # the first step is slower, and not timed
+            part()
+    spent, steps = dict.fromkeys(parts, 0.0), 0
+    while steps < 3 or sum(spent.values()) < PROFILE_SECONDS:
+        for name, part in parts.items():
+            spent[name] += timed(part, run.device)
+        steps += 1
+    total = sum(spent.values())
+    gflops = counter.get_total_flops() / 1e9 * steps / total
+    return {"stage": run.stage, "pictures/s": f"{r.batch_size * steps / total:,.0f}",
+            "GFLOP/s": f"{gflops:,.0f}",
+            **{f"of {name}": f"{gflops / rate:.0%}" for name, rate in rates(run.device).items()},
+            **{name: f"{time / total:.0%}" for name, time in spent.items()}}
+
+
+def timed(f, device):
+    """Seconds that f() takes, to the end of what it starts on the device."""
+    began = time.perf_counter()
+    f()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def rates(device):
+    """GFLOP/s of this machine in matrix products and in 3×3 convolutions, forward and back."""
+    a = torch.randn(1024, 1024, device=device, requires_grad=True)
+    x = torch.randn(16, 64, 32, 32, device=device, requires_grad=True)
+    conv = torch.nn.Conv2d(64, 64, 3, padding=1, device=device)
+    work = {"products": (lambda: (a @ a).sum().backward(), 3 * 2 * 1024 ** 3),
+            "convolutions": (lambda: conv(x).sum().backward(), 3 * 2 * 9 * 64 * 64 * 16 * 32 ** 2)}
+
+    def best(f):
+        with autocast(device):
+            return min(timed(f, device) for _ in range(8))
+    return {name: flop / best(f) / 1e9 for name, (f, flop) in work.items()}
+
+
+def print_table(rows):
+    """One or more rows, dicts with the same keys, as Markdown on stdout."""
+    for line in [rows[0], ["---"] * len(rows[0]), *(row.values() for row in rows)]:
+        print(f"| {' | '.join(line)} |")
+
+
 # ---- The command ---------------------------------------------------------------------------------
 
 def parse(argv):
@@ -589,7 +654,11 @@ def parse(argv):
     add("--out", help="folder of the run (default: runs/<data>)")
     add("--init", help="folder of weights to begin with")
     add("--restart", action="store_true", help="begin anew where a run was stopped or finished")
-    return parser.parse_args(argv)
+    add("--profile", action="store_true", help="train for a few steps, say how fast that was, and "
+        "save nothing")
+    args = parser.parse_args(argv)
+    args.restart |= args.profile                                             # not from a saved state
+    return args
 
 
 def check(args):
@@ -611,10 +680,14 @@ def command(argv):
     args = parse(argv)
     check(args)
     torch.set_float32_matmul_precision("high")                               # TF32 on a GPU
-    for stage in STAGES if args.stage == "all" else [args.stage]:
-        if stage == "upsampler" and args.data == "cifar10":
-            say("upsampler: left out, CIFAR-10 has no larger originals")
-        elif not train(Run(stage, args)):
+    stages = list(STAGES) if args.stage == "all" else [args.stage]
+    if args.data == "cifar10" and "upsampler" in stages:
+        say("upsampler: left out, CIFAR-10 has no larger originals")
+        stages.remove("upsampler")
+    if args.profile and stages:
+        return print_table([profile(Run(stage, args)) for stage in stages])
+    for stage in stages:
+        if not train(Run(stage, args)):
             return 130
 
 

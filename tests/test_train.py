@@ -193,8 +193,14 @@ def test_a_signal_before_training_ends_it_without_a_traceback(call, monkeypatch)
     assert call("--out", "run") == (130, []) and not os.path.exists("run")
 
 
-def test_restart_begins_anew(call, copied, unseen):
+def test_restart_begins_anew_and_what_it_leaves_is_not_taken_for_finished(call, copied, unseen,
+                                                                          monkeypatch):
     argv = ["--stage", "prior", "--out", copied, "--seed", 7]
+    with monkeypatch.context() as patch:             # as if it died between its two files
+        patch.setattr(train, "write_torch", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert call(*argv[:-2], "--restart")[0] == 130
+    status, err = call(*argv[:-2])
+    assert status == 0 and "from step 0" in err[0]
     assert call(*argv, "--restart")[0] == 0
     assert load_part(copied / "prior.pt").trained["seed"] == 7
     assert [row["step"] for row in log(copied / "prior.csv")] == ["1", "2"]  # the old log is gone
@@ -552,6 +558,17 @@ def test_few_pictures_of_one_s_own_with_long_captions_train_every_stage(call, tm
             file.write(f'{{"file_name": "{i}.png", "text": "{words}"}}\n')
     assert call("--data", "folder", "--data-dir", tmp_path / "own", "--out", "run", steps=1)[0] == 0
     assert load_part("run/clip.pt").config.context == 77 and len(os.listdir("run")) == 15
+
+
+def test_a_profile_tells_the_speed_of_each_stage_and_saves_nothing(call, capsys, monkeypatch):
+    monkeypatch.setattr(train, "PROFILE_SECONDS", 0)
+    assert call("--stage", "clip", "--profile", "--out", "run", steps=2)[0] == 0
+    head, _, row = (line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines())
+    row = dict(zip(head, row))
+    assert row["stage"] == "clip" and float(row["pictures/s"].replace(",", "")) > 1
+    shares = [int(row[part].strip("%")) for part in ("data", "forward", "backward", "optimizer", "EMA")]
+    assert 97 <= sum(shares) <= 103 and shares[2] == max(shares)         # each is rounded
+    assert not os.path.exists("run")
 
 
 def test_cifar10_has_no_upsampler(call):

@@ -70,8 +70,8 @@ def two_folders(trained, tmp_path, monkeypatch):
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_run_that_was_stopped_goes_on_to_the_same_bits(two_folders, monkeypatch, capsys, stage):
     (whole, parts), part, update = two_folders, stage.replace("-", "_"), train.State.update_ema
-    argv, number = ["--stage", stage, "--restart"], signal.SIGINT
-    assert type_train(*argv, "--out", whole, steps=6) == 0
+    argv = ["--stage", stage, "--restart"]
+    assert type_train(*argv, "--out", whole, steps=5) == 0
 
     def stop_at_3(state, decay):                     # which lies between two rows of the log
         update(state, decay)
@@ -79,11 +79,11 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(two_folders, monkeypatc
             os.kill(os.getpid(), signal.SIGTERM if stage == "prior" else signal.SIGINT)
     with monkeypatch.context() as patch:
         patch.setattr(train.State, "update_ema", stop_at_3)
-        assert type_train(*argv, "--out", parts, steps=6) == 130
+        assert type_train(*argv, "--out", parts, steps=5) == 130
     assert "stopped at step 3" in capsys.readouterr().err
     assert load_part(parts / f"{part}.pt").trained["steps"] == 3         # for use meanwhile
-    assert type_train(*argv[:2], "--out", parts, steps=6) == 0
-    assert "from step 3 to 6" in capsys.readouterr().err
+    assert type_train(*argv[:2], "--out", parts, steps=5) == 0
+    assert "from step 3 to 5" in capsys.readouterr().err
     assert_same_run(whole, parts, part)
 
 
@@ -102,7 +102,7 @@ def test_a_process_killed_at_random_moments_loses_nothing_that_was_saved(two_fol
     (whole, parts), part = two_folders, stage.replace("-", "_")
     (parts / "clip.pt").unlink() if stage == "clip" else None
     state, chance = parts / f"{part}.state.pt", random.Random(stage)
-    options = dict(steps=20 * kills)
+    options = dict(steps=10 * kills)
     in_a_save = done = 0
     while done < kills and not (done and read(state)["step"] >= options["steps"] - 1):
         before = state.stat().st_mtime_ns if done else 0
