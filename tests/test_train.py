@@ -560,15 +560,17 @@ def test_few_pictures_of_one_s_own_with_long_captions_train_every_stage(call, tm
     assert load_part("run/clip.pt").config.context == 77 and len(os.listdir("run")) == 15
 
 
-def test_a_profile_tells_the_speed_of_each_stage_and_saves_nothing(call, capsys, monkeypatch):
+def test_a_profile_tells_the_speed_of_each_stage_and_saves_nothing(
+        tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train, "PROFILE_SECONDS", 0)
-    assert call("--stage", "clip", "--profile", "--out", "run", steps=2)[0] == 0
+    assert type_train("--stage", "clip", "--profile", "--out", tmp_path / "run") == 0
     head, _, row = (line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines())
     row = dict(zip(head, row))
     assert row["stage"] == "clip" and float(row["pictures/s"].replace(",", "")) > 1
-    shares = [int(row[part].strip("%")) for part in ("data", "forward", "backward", "optimizer", "EMA")]
+    shares = [int(row[name].strip("%"))
+              for name in ("data", "forward", "backward", "optimizer", "EMA")]
     assert 97 <= sum(shares) <= 103 and shares[2] == max(shares)         # each is rounded
-    assert not os.path.exists("run")
+    assert not list(tmp_path.iterdir())
 
 
 def test_cifar10_has_no_upsampler(call):
