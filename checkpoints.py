@@ -21,7 +21,6 @@ import torch
 from clip_tiny import CLIP, CLIPConfig, Tokenizer
 from decoder import Decoder, DecoderConfig, Upsampler, UpsamplerConfig
 from prior import ARPrior, ARPriorConfig, DiffusionPrior, DiffusionPriorConfig
-from shapes import write_safely
 
 PARTS = {"clip": (CLIP, CLIPConfig), "prior": (DiffusionPrior, DiffusionPriorConfig),
          "ar_prior": (ARPrior, ARPriorConfig), "decoder": (Decoder, DecoderConfig),
@@ -33,8 +32,18 @@ FORMAT = 2
 # ---- Files -------------------------------------------------------------------------------------
 
 def write_torch(path, value):
-    """torch.save that never leaves half a file."""
-    write_safely(path, lambda temporary: torch.save(value, temporary))
+    """torch.save that never leaves half a file: it writes a second file and renames that."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(beside, "wb") as file:
+            torch.save(value, file)
+            file.flush()
+            os.fsync(file.fileno())          # or a power cut could leave the new name, but no bytes
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def read_torch(path):

@@ -9,7 +9,7 @@ from conftest import ROOT
 MAY_IMPORT = {
     "diffusion": set(), "clip_tiny": set(), "shapes": set(), "data": {"shapes"},
     "prior": {"diffusion", "clip_tiny"}, "decoder": {"diffusion", "clip_tiny"},
-    "checkpoints": {"clip_tiny", "prior", "decoder", "shapes"},
+    "checkpoints": {"clip_tiny", "prior", "decoder"},
     "unclip": {"checkpoints", "clip_tiny", "prior", "decoder", "diffusion"},
     "judge": {"shapes", "data", "checkpoints"}}
 LEAVES = {"train", "sample", "evaluate"}
