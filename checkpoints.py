@@ -86,7 +86,8 @@ def load_part(path, device="cpu", parts=PARTS):
     anything that is not a sound checkpoint of that part.
     """
     checkpoint, part = read_torch(path), Path(path).stem
-    if not isinstance(checkpoint, dict) or "format" not in checkpoint or part not in parts:
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("format"), int) \
+            or part not in parts:
         raise ValueError(f"{path}: not a checkpoint of this project; use a file by train.py")
     if checkpoint["format"] != FORMAT:
         raise ValueError(f"{path}: has checkpoint format {checkpoint['format']}, this code reads "

@@ -479,7 +479,9 @@ class State:
         s = SimpleNamespace(**saved)
         assert s.tokenizer == self.dump()["tokenizer"], "its captions were others"
         assert type(s.step) is int and 0 < s.step <= steps, f"its step is {s.step!r}"
-        assert s.seconds >= 0 and all(row["step"] <= s.step for row in s.rows), "its log is wrong"
+        numbers = [s.seconds, *(n for row in s.rows for n in row.values())]
+        assert all(type(n) in (int, float) for n in numbers) and s.seconds >= 0, "its log is wrong"
+        assert all(row["step"] <= s.step for row in s.rows), "its log is wrong"
         assert type(s.clip_id) is type(self.model.clip_id), f"its clip_id is {s.clip_id!r}"
         self.model.load_state_dict(sound_weights(s.model))
         self.ema.load_state_dict(sound_weights(s.ema))

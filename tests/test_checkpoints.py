@@ -105,8 +105,9 @@ DAMAGE = {
     "the training is a number": lambda c: c.update(trained=7),
     "the training is a tensor": lambda c: c.update(trained=torch.zeros(2)),
     "the format is another": lambda c: c.update(format=999),
-    "the format is missing": lambda c: c.pop("format"), "the part is a list": lambda c: c.update(
-        part=["decoder"]),
+    "the format is missing": lambda c: c.pop("format"),
+    "the format is a tensor": lambda c: c.update(format=torch.zeros(2)),
+    "the part is a list": lambda c: c.update(part=["decoder"]),
     "the part is another": lambda c: c.update(part="prior"),
     "the part is unknown": lambda c: c.update(part="gan")}
 

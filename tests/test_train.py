@@ -239,6 +239,7 @@ def first(state, name):
     lambda s: s.pop("optimizer"), lambda s: s["optimizer"].pop(1), lambda s: s["model"].popitem(),
     lambda s: s["optimizer"][0].pop("exp_avg"), lambda s: s.update(step="two"),
     lambda s: s.update(step=-5), lambda s: s.update(step=True), lambda s: s.update(seconds=None),
+    lambda s: s.update(seconds=torch.tensor(7)), lambda s: s.update(rows=[{"step": torch.ones(2)}]),
     lambda s: first(s, "model").fill_(math.nan), lambda s: first(s, "ema").fill_(math.inf),
     lambda s: s["optimizer"][0]["exp_avg_sq"].fill_(math.nan), lambda s: s.update(identity=None),
     lambda s: s.update(generator=torch.zeros(3)), lambda s: s.update(rows=[1, 2]), dict.clear,

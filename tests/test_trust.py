@@ -22,6 +22,7 @@ import pytest
 import torch
 from PIL import Image
 
+import checkpoints
 import data
 import evaluate
 import sample
@@ -277,8 +278,12 @@ def test_damaged_files_are_read_or_refused_in_one_line_and_nothing_else_is_writt
     monkeypatch.setattr(train, "picture_to_watch", lambda *_: None)
     shutil.copytree(tiny_weights, "tiny")
     path, spoil, command = DAMAGED[kind](tmp_path)
-    if kind in ("png", "jpeg"):
+    if kind in ("png", "jpeg"):                      # what is whole is read once
         monkeypatch.setattr(UnCLIP, "load", lambda *_, whole=UnCLIP.load("tiny"): whole)
+    elif kind in PARTS:
+        others = {f"{part}.pt": load_part(f"tiny/{part}.pt") for part in PARTS if part != kind}
+        monkeypatch.setattr(checkpoints, "load_part", lambda path, *device: (
+            others[path.name] if path.name in others else load_part(path, *device)))
     run = {file: file.read_bytes() for file in (tmp_path / "run").glob("*")}
     assert command() == 0                                                # as long as it is whole
     before, statuses, chance = everything(), [], random.Random(kind)
