@@ -93,7 +93,7 @@ MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os,
 
 def train(run):
     """Train one stage to its end, or until a signal stops it; True if it is finished."""
-    if run.saved and run.saved.get("step") == run.recipe.steps and run.files["pt"].exists():
+    if run.saved and run.saved["step"] == run.recipe.steps and run.files["pt"].exists():
         run.say(f"finished already: {run.files['pt']}; --restart begins anew")
         return True
     pairs, validation = load_pairs(run)
@@ -428,7 +428,10 @@ class Run:
         try:
             saved = read_torch(path)
             before = dict(saved.pop("identity"))
-        except (ValueError, TypeError, KeyError, AttributeError):
+            if type(saved["step"]) is not int:
+                raise ValueError
+            assert type(saved["step"]) is int
+        except (ValueError, TypeError, KeyError, AttributeError, AssertionError):
             raise ValueError(f"{path}: not a whole training state; --restart begins anew") from None
         changed = [f"{name} was {before.get(name)}, now {now}"
                    for name, now in self.identity.items() if repr(before.get(name)) != repr(now)]
@@ -478,7 +481,7 @@ class State:
         """The inverse of `dump`. Some exception is raised if `saved` is not one of such a run."""
         s = SimpleNamespace(**saved)
         assert s.tokenizer == self.dump()["tokenizer"], "its captions were others"
-        assert type(s.step) is int and 0 < s.step <= steps, f"its step is {s.step!r}"
+        assert 0 < s.step <= steps, f"its step is {s.step}"
         numbers = [s.seconds, *(n for row in s.rows for n in row.values())]
         assert all(type(n) in (int, float) for n in numbers) and s.seconds >= 0, "its log is wrong"
         assert all(row["step"] <= s.step for row in s.rows), "its log is wrong"
@@ -682,15 +685,16 @@ def command(argv):
     args = parse(argv)
     check(args)
     torch.set_float32_matmul_precision("high")                               # TF32 on a GPU
-    stages = list(STAGES) if args.stage == "all" else [args.stage]
-    if args.data == "cifar10" and "upsampler" in stages:
-        say("upsampler: left out, CIFAR-10 has no larger originals")
-        stages.remove("upsampler")
-    if args.profile and stages:
-        return print_table([profile(Run(stage, args)) for stage in stages])
-    for stage in stages:
-        if not train(Run(stage, args)):
+    rows = []
+    for stage in STAGES if args.stage == "all" else [args.stage]:
+        if stage == "upsampler" and args.data == "cifar10":
+            say("upsampler: left out, CIFAR-10 has no larger originals")
+        elif args.profile:
+            rows.append(profile(Run(stage, args)))
+        elif not train(Run(stage, args)):
             return 130
+    if rows:
+        print_table(rows)
 
 
 def main(argv=None):

@@ -189,6 +189,7 @@ def test_a_signal_in_the_last_step_of_a_stage_ends_the_command_too(call, monkeyp
 
 
 def test_a_signal_before_training_ends_it_without_a_traceback(call, monkeypatch):
+    signal.signal(signal.SIGINT, signal.default_int_handler)     # a shell's & has it ignored
     monkeypatch.setattr(train.data, "load", interrupt)
     assert call("--out", "run") == (130, []) and not os.path.exists("run")
 
@@ -244,7 +245,9 @@ def first(state, name):
     lambda s: s["optimizer"][0]["exp_avg_sq"].fill_(math.nan), lambda s: s.update(identity=None),
     lambda s: s.update(generator=torch.zeros(3)), lambda s: s.update(rows=[1, 2]), dict.clear,
     lambda s: s["tokenizer"]["merges"].pop(), lambda s: s.update(sums=torch.zeros(5)),
-    lambda s: s["sums"].fill_(math.nan), lambda s: s.update(step=5), lambda s: s.update(clip_id=3),
+    lambda s: s["sums"].fill_(math.nan), lambda s: s.update(step=5),
+    lambda s: s.update(step=torch.zeros(2)), lambda s: s.update(step=torch.zeros(2)),
+    lambda s: s.update(step=torch.zeros(2)), lambda s: s.update(clip_id=3),
     lambda s: s["identity"].update(lr=torch.zeros(2)), lambda s: s.update(model=[1]), b"", b"hello",
     5000])
 def test_a_damaged_state_is_refused_in_one_line_that_names_it(call, halfway, tmp_path, spoil):
@@ -312,8 +315,9 @@ def test_a_second_run_of_a_part_in_a_folder_is_refused_while_the_first_runs(call
     assert call(*argv)[0] == 0
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left"), RuntimeError("unexpected pos")])
-@pytest.mark.parametrize("write", ["write_torch", "save_part", "write_log", "write_png"])
+@pytest.mark.parametrize("write, error", [("write_torch", RuntimeError("unexpected pos")), *(
+    (write, OSError(28, "No space left")) for write in ("write_torch", "save_part", "write_log",
+                                                        "write_png"))])
 def test_a_disk_that_is_full_ends_the_run_in_one_line_and_leaves_the_last_checkpoint(
         call, copied, monkeypatch, write, error):
     def full(*_):
