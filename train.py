@@ -484,7 +484,8 @@ class State:
         assert 0 < s.step <= steps, f"its step is {s.step}"
         numbers = [s.seconds, *(n for row in s.rows for n in row.values())]
         assert all(type(n) in (int, float) for n in numbers) and s.seconds >= 0, "its log is wrong"
-        assert all(row["step"] <= s.step for row in s.rows), "its log is wrong"
+        assert type(s.rows) is list and all(row["step"] <= s.step for row in s.rows), \
+            "its log is wrong"
         assert type(s.clip_id) is type(self.model.clip_id), f"its clip_id is {s.clip_id!r}"
         self.model.load_state_dict(sound_weights(s.model))
         self.ema.load_state_dict(sound_weights(s.ema))

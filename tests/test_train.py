@@ -244,6 +244,7 @@ def first(state, name):
     lambda s: first(s, "model").fill_(math.nan), lambda s: first(s, "ema").fill_(math.inf),
     lambda s: s["optimizer"][0]["exp_avg_sq"].fill_(math.nan), lambda s: s.update(identity=None),
     lambda s: s.update(generator=torch.zeros(3)), lambda s: s.update(rows=[1, 2]), dict.clear,
+    lambda s: s.update(rows=""),
     lambda s: s["tokenizer"]["merges"].pop(), lambda s: s.update(sums=torch.zeros(5)),
     lambda s: s["sums"].fill_(math.nan), lambda s: s.update(step=5),
     lambda s: s.update(step=torch.zeros(2)), lambda s: s.update(step=torch.zeros(2)),
