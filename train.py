@@ -428,8 +428,6 @@ class Run:
         try:
             saved = read_torch(path)
             before = dict(saved.pop("identity"))
-            if type(saved["step"]) is not int:
-                raise ValueError
             assert type(saved["step"]) is int
         except (ValueError, TypeError, KeyError, AttributeError, AssertionError):
             raise ValueError(f"{path}: not a whole training state; --restart begins anew") from None
