@@ -40,7 +40,7 @@ class Diffusion(nn.Module):
     power: a sampler's times are evenly spaced if it is 1, and denser near 0 if it is more.
     """
 
-    GAMMA = 5                # see `loss`
+    WEIGHTS = 0.1, 5         # least and most, see `loss`
 
     def __init__(self, objective, power=1, T=1000):
         super().__init__()
@@ -70,16 +70,19 @@ class Diffusion(nn.Module):
     def loss(self, f, x_0, t, eps):
         """Mean squared error of f's answer at the steps t (B,) in 1..T: a scalar.
 
-        differs from the paper: the error of eps counts for no more than GAMMA times the error of
-        x_0 (min-SNR, Hang et al. 2023). Little noise is hard to guess and does not matter much to
-        the picture, yet it would get most of the weight.
+        differs from the paper: the error of eps is the error of x_0 times the signal-to-noise
+        ratio. This weight stays between 0.1 and 5 (the most is min-SNR, Hang et al. 2023). Little
+        noise is hard to guess and does not matter much to the picture, yet it would get most of the
+        weight; what stands where is decided at high noise, which would get almost none.
         """
         x_t = self.q_sample(x_0, t, eps)
         x_0_hat, eps_hat = self.x_0_and_eps(f(x_t, t).float(), x_t, t)
         error = lambda a, b: (a - b).square().flatten(1).mean(dim=1)           # (B,)
+        of_x_0, of_eps = error(x_0_hat, x_0), error(eps_hat, eps)
         if self.objective == "x_0":
-            return error(x_0_hat, x_0).mean()
-        return torch.minimum(error(eps_hat, eps), self.GAMMA * error(x_0_hat, x_0)).mean()
+            return of_x_0.mean()
+        least, most = self.WEIGHTS
+        return of_eps.clamp(least * of_x_0, most * of_x_0).mean()
 
     # ---- Sampling --------------------------------------------------------------------------
 
