@@ -60,7 +60,7 @@ class Recipe:
 RECIPES = {
     "small": {"clip": Recipe(3200, 128, 1e-3, 0.05), "prior": Recipe(2500, 64, 1e-3, 0.02),
               "ar-prior": Recipe(1900, 64, 1e-3, 0.02), "decoder": Recipe(7000, 16, 1e-3),
-              "upsampler": Recipe(3500, 16, 1e-3)},
+              "upsampler": Recipe(2600, 8, 1e-3)},
     "base": {"clip": Recipe(12000, 512, 1e-3, 0.1), "prior": Recipe(20000, 512, 5e-4, 0.02),
              "ar-prior": Recipe(20000, 512, 5e-4, 0.02), "decoder": Recipe(60000, 256, 4e-4),
              "upsampler": Recipe(30000, 64, 4e-4)}}

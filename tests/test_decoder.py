@@ -7,7 +7,8 @@ import torch.nn.functional as F
 
 from clip_tiny import EOT, PAD, SOT, Attention
 from conftest import learn, normal, shake
-from decoder import Decoder, DecoderConfig, ImageAttention, Upsampler, UpsamplerConfig, blur, crop
+from decoder import (Decoder, DecoderConfig, ImageAttention, Upsampler, UpsamplerConfig, blur,
+                     corrupt, crop)
 
 TOKENS = torch.tensor([[SOT, 5, 6, EOT], [SOT, 7, 8, EOT]])
 X_T, Z_I, OTHER_Z_I = normal(1, 3, 8, 8)(), normal(1, 8, seed=1)(), normal(1, 8, seed=2)()
@@ -168,6 +169,13 @@ def test_what_is_moved_by_a_multiple_of_the_stride_is_drawn_alike_there(shift, s
     assert torch.allclose(there[middle], here[middle], atol=1e-4) == same
 
 
+def test_a_new_upsampler_gives_the_enlarged_picture_from_any_noise():
+    model, low = upsampler(), 0.3 * normal(2, 3, 8, 8)()
+    for steps in (1, 3):
+        x = model.sample(low, normal(2, 3, 32, 32), steps)
+        assert torch.allclose(x, model.enlarge(low).clamp(-1, 1), atol=1e-3)
+
+
 def test_enlarging_shifts_nothing():
     """A small picture's pixel stands for a block: a slope keeps its block means, edges apart."""
     for factor in (2, 4):
@@ -195,7 +203,7 @@ def test_training_sees_the_same_crop_of_a_picture_and_of_its_small_one(monkeypat
     x = F.interpolate(normal(100, 3, 4, 4)(), scale_factor=16.0, mode="bilinear")      # smooth
     model.loss(x, torch.Generator().manual_seed(0))
     high, (t, low) = seen
-    assert high.shape == low.shape == (100, 3, 16, 16) and 1 <= t.min() and t.max() <= 1000
+    assert high.shape == low.shape == (100, 3, 32, 32) and 1 <= t.min() and t.max() <= 1000
     assert F.mse_loss(low, high) < 0.02 * F.mse_loss(low.flip(0), high)        # of the same place
 
 
@@ -212,11 +220,12 @@ def test_the_blur_sums_to_one_has_the_given_width_and_keeps_flat_colour():
     assert torch.allclose(blur(flat), flat)
 
 
-def test_the_upsampled_picture_has_the_small_picture_s_pixels_as_area_means():
-    low = 0.5 * torch.tanh(normal(2, 3, 8, 8)())
-    x = shake(upsampler()).sample(low, normal(2, 3, 32, 32), steps=2)
-    far = lambda x: (F.avg_pool2d(x, 4) - low).abs().mean()
-    assert far(x) < 0.5 * far(normal(2, 3, 32, 32)())
+def test_small_pictures_are_blurred_and_made_noisy_by_amounts_from_none_to_the_most():
+    low, noise, r = normal(3, 3, 8, 8)(), normal(3, 3, 8, 8, seed=1)(), torch.tensor([0., 0.5, 1])
+    some = corrupt(low, lambda *shape: r.expand(2, 3).view(shape), noise)
+    assert torch.equal(some[0], low[0])
+    assert torch.allclose(some[1], (low + blur(low))[1] / 2 + 0.015 * noise[1], atol=1e-6)
+    assert torch.allclose(some[2], blur(low)[2] + 0.03 * noise[2], atol=1e-6)
 
 
 def test_the_upsampler_learns_to_follow_the_small_picture():
@@ -228,6 +237,6 @@ def test_the_upsampler_learns_to_follow_the_small_picture():
     x_t, low = model.diffusion.q_sample(x, t, normal(8, 3, 32, 32)()), F.avg_pool2d(x, 4)
 
     def error(low):
-        v = model(x_t, t, model.enlarge(blur(low)))
+        v = model(x_t, t, model.enlarge(low))
         return F.mse_loss(model.diffusion.x_0_and_eps(v, x_t, t)[0], x).item()
     assert error(low) < 0.1 and error(low.flip(0)) > 0.15           # control: another's
