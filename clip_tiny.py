@@ -223,7 +223,7 @@ class CLIPConfig:
     context: int             # most tokens of a caption
     image_size: int = 32     # pixels a side
     patch: int = 8           # pixels a side that become one image token; a power of two
-    stem: int = 24           # channels of the first convolution; they double up to the width
+    stem: tuple = (48, 96)   # channels on the way from the picture to its patches
     width: int = 128         # of both Transformers
     depth: int = 2
     dim: int = 64            # of z_i and z_t, the paper's D
@@ -243,11 +243,11 @@ class CLIP(nn.Module):
         self.config = c = config
         # differs from the paper: a ViT cuts its patches by one linear map; here by a few strided
         # convolutions, with which so small a ViT learns far more in the same minutes.
-        widths = [min(c.width, c.stem * 2 ** k) for k in range(int(math.log2(c.patch)))] + [c.width]
-        stem = [nn.Conv2d(3, widths[0], 3, padding=1)]
-        for w_in, w_out in zip(widths, widths[1:]):
-            stem += [nn.GroupNorm(8, w_in), nn.GELU(),
-                     nn.Conv2d(w_in, w_out, 3, stride=2, padding=1)]
+        widths, full = [3, *c.stem, c.width], len(c.stem) + 1 - int(math.log2(c.patch))
+        stem = []
+        for k, (w_in, w_out) in enumerate(zip(widths, widths[1:])):
+            stem += [nn.GroupNorm(8, w_in), nn.GELU()] if k else []
+            stem += [nn.Conv2d(w_in, w_out, 3, stride=1 if k < full else 2, padding=1)]
         self.stem = nn.Sequential(*stem)
         self.position = nn.Parameter(torch.randn((c.image_size // c.patch) ** 2, c.width) * 0.02)
         self.image_transformer = Transformer(c.width, c.depth)

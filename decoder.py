@@ -141,7 +141,9 @@ class DecoderConfig:
     attention: tuple = (False, True, True)
     width: int = 128                     # of the timestep embedding and the caption's Transformer
     text_depth: int = 2
-    sketch_width: int = 512              # of the small MLP that draws the sketch, see Decoder
+    sketch_size: int = 16                # pixels a side of the sketch, see Decoder
+    sketch_width: int = 1024             # of the MLP that draws it
+    sketch_depth: int = 3                # its hidden layers
 
 
 class Decoder(nn.Module):
@@ -151,11 +153,11 @@ class Decoder(nn.Module):
     Transformer adds its last output to the timestep embedding, and all its outputs to the context.
     Learnt nulls stand for conditions that are hidden.
     differs from the paper: the variance of a sampling step is DDPM's, not learnt. And the UNet is
-    also shown a sketch, the mean picture E[x | z_i, y] of 8×8 pixels. The mean is the best estimate
-    of x_0 from pure noise. The UNet is slow to learn it; a small MLP learns it sooner.
+    also shown a sketch, the mean picture E[x | z_i, y], of half the size. The mean is the best estimate of
+    x_0 from pure noise. The UNet is slow to learn it; a small MLP learns it sooner.
     """
 
-    Z_I_TOKENS, SKETCH = 4, 8            # SKETCH: pixels a side
+    Z_I_TOKENS = 4
     # How often training hides each condition (sec. 2.1). Guidance needs a network that can draw
     # without them. The caption is hidden more often, because z_i says most of it already: a network
     # that always saw both would lean on the caption, and the manipulations have none.
@@ -171,11 +173,10 @@ class Decoder(nn.Module):
         self.text_emb = nn.Linear(c.width, c.width)
         self.null_z_i = nn.Parameter(torch.zeros(c.dim))
         self.null_text = nn.Parameter(torch.zeros(c.width))
-        self.sketch = nn.Sequential(
-            nn.Linear(c.dim + c.width, c.sketch_width), nn.GELU(),
-            nn.Linear(c.sketch_width, c.sketch_width), nn.GELU(),
-            nn.Linear(c.sketch_width, 3 * self.SKETCH ** 2),
-            nn.Unflatten(1, (3, self.SKETCH, self.SKETCH)))
+        widths, side = [c.dim + c.width] + [c.sketch_width] * c.sketch_depth, c.sketch_size
+        hidden = [m for a, b in zip(widths, widths[1:]) for m in (nn.Linear(a, b), nn.GELU())]
+        self.sketch = nn.Sequential(*hidden, nn.Linear(c.sketch_width, 3 * side ** 2),
+                                    nn.Unflatten(1, (3, side, side)))
         self.unet = UNet(6, 3, c.channels, c.blocks, c.attention, c.width, c.width)
 
     def forward(self, x_t, t, z_i, tokens):
@@ -186,7 +187,7 @@ class Decoder(nn.Module):
         context = torch.cat([z_i_tokens, text], dim=1)                   # (B, 4 + L, width)
         visible = F.pad(tokens != PAD, (self.Z_I_TOKENS, 0), value=True)          # (B, 4 + L)
         # Detached: the sketch is to be the mean picture, and learns from its own error alone.
-        sketch = self.sketch(torch.cat([z_i, text_emb], dim=1)).detach()          # (B, 3, 8, 8)
+        sketch = self.draw_sketch(z_i, text_emb).detach()                # (B, 3, H/2, W/2)
         x = torch.cat([x_t, F.interpolate(sketch, x_t.shape[-2:], mode="bilinear")], dim=1)
         return self.unet(x, t, emb, context, visible)
 
@@ -197,21 +198,32 @@ class Decoder(nn.Module):
         z_i = torch.where((z_i == 0).all(dim=1, keepdim=True), self.null_z_i, z_i)
         return z_i, text, torch.where(tokens[:, :1] == PAD, self.null_text, self.text_emb(end))
 
+    def draw_sketch(self, z_i, text_emb):
+        """E[x | z_i, y] (B, 3, sketch_size, sketch_size), of what `encode_conditions` returns."""
+        # z_i enlarged: the MLP then learns a function that changes quickly with z_i far sooner.
+        return self.sketch(torch.cat([4 * z_i, text_emb], dim=1))
+
     def loss(self, x, z_i, tokens, generator=None):
         """Mean squared error of eps at random t, and that of the sketch: a scalar.
 
         x (B, 3, H, W) in [-1, 1]; z_i (B, D), whitened; tokens (B, L). z_i is that of x itself: the
         decoder learns to invert CLIP. A z_i drawn by a prior would belong to another picture.
+        The UNet sees only every eighth picture. Its step costs most, and all that the captions have
+        to teach takes far more pictures than the UNet needs; the sketch is cheap and sees all. In
+        half of the others z_i is hidden: what a caption says is learnt where nothing else says it.
         """
         B, device = len(x), x.device
-        t = torch.randint(1, self.diffusion.T + 1, (B,), device=device, generator=generator)
-        eps = torch.randn(x.shape, device=device, generator=generator)
         shown = torch.rand(2, B, 1, device=device, generator=generator)
-        z_i, tokens = z_i * (shown[0] >= self.DROP_Z_I), tokens * (shown[1] >= self.DROP_TEXT)
+        drop_z_i = torch.full((B, 1), 0.5, device=device)
+        drop_z_i[::8] = self.DROP_Z_I
+        z_i, tokens = z_i * (shown[0] >= drop_z_i), tokens * (shown[1] >= self.DROP_TEXT)
         z, _, text_emb = self.encode_conditions(z_i, tokens)
-        sketch = self.sketch(torch.cat([z.detach(), text_emb.detach()], dim=1))
-        return self.diffusion.loss(lambda x_t, t: self(x_t, t, z_i, tokens), x, t, eps) \
-            + F.mse_loss(sketch, F.adaptive_avg_pool2d(x, self.SKETCH))
+        sketch = self.draw_sketch(z, text_emb)
+        x_8, z_i, tokens = x[::8], z_i[::8], tokens[::8]
+        t = torch.randint(1, self.diffusion.T + 1, (len(x_8),), device=device, generator=generator)
+        eps = torch.randn(x_8.shape, device=device, generator=generator)
+        return self.diffusion.loss(lambda x_t, t: self(x_t, t, z_i, tokens), x_8, t, eps) \
+            + F.mse_loss(sketch, F.adaptive_avg_pool2d(x, self.config.sketch_size))
 
     def guided(self, z_i, tokens, guidance=1.0):
         """f(x_t, t) for the sampler and the inversion. The null of guidance hides both conditions.
@@ -232,8 +244,7 @@ class Decoder(nn.Module):
         trace is called at each step (Diffusion.sample).
         """
         f = self.guided(z_i, tokens, guidance)
-        x = self.diffusion.sample(f, noise(), steps, eta, noise, clip=True, trace=trace)
-        return x.clamp(-1, 1)
+        return self.diffusion.sample(f, noise(), steps, eta, noise, clip=True, trace=trace)
 
 
 # ---- The upsampler -----------------------------------------------------------------------------
@@ -267,7 +278,8 @@ class Upsampler(nn.Module):
     def forward(self, x_t, t, low):
         """The network f: x_t (B, 3, H, W), t (B,), low (B, 3, H, W) enlarged → v (B, 3, H, W)."""
         cos, sin = self.diffusion.rotation(t, x_t)
-        return (cos * x_t - low) / sin + self.unet(torch.cat([x_t, low], dim=1), t)
+        v = (cos * x_t - low) / sin                                      # if x_0 were low
+        return v + self.unet(torch.cat([x_t, low], dim=1), t)
 
     def enlarge(self, low):
         """(B, 3, h, w) → (B, 3, h·factor, w·factor), bicubic."""
@@ -286,20 +298,22 @@ class Upsampler(nn.Module):
 
     @torch.no_grad()
     def sample(self, low, noise, steps=3, eta=0.0):
-        """low (B, 3, h, w) in [-1, 1] → (B, 3, h·factor, w·factor); noise() of that shape."""
+        """low (B, 3, h, w) in [-1, 1] → (B, 3, h·factor, w·factor) in [-1, 1]; noise() of that
+        shape."""
         enlarged = self.enlarge(low)
         f = lambda x_t, t: self(x_t, t, enlarged)
-        return self.diffusion.sample(f, noise(), steps, eta, noise, clip=True).clamp(-1, 1)
+        return self.diffusion.sample(f, noise(), steps, eta, noise, clip=True)
 
 
 def corrupt(low, rand, noise):
-    """Small pictures (B, 3, h, w), each blurred and made noisy by a random amount (sec. 2.1)."""
+    """Small pictures (B, 3, h, w) in [-1, 1], each somewhere between sharp and blurred, with noise
+    like them times 0 to 0.03 (sec. 2.1). rand(*shape): uniform random numbers."""
     blurred, level = rand(2, len(low), 1, 1, 1)
     return low.lerp(blur(low), blurred) + 0.03 * level * noise
 
 
 def blur(x, sigma=0.6):
-    """Gaussian blur, kernel 3."""
+    """Gaussian blur of x (B, C, H, W), sigma in pixels, by a kernel of 3×3."""
     i = torch.arange(-1, 2, device=x.device, dtype=x.dtype)
     g = torch.exp(-(i / sigma) ** 2 / 2)
     kernel = (g[:, None] * g / g.sum() ** 2).expand(x.shape[1], 1, 3, 3)

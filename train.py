@@ -54,16 +54,15 @@ class Recipe:
     lr: float
     weight_decay: float = 0.0
     beta2: float = 0.99              # short runs: the second moment must keep up
-    ema: float = 0.999
 
 
 RECIPES = {
     "small": {"clip": Recipe(3200, 128, 1e-3, 0.05), "prior": Recipe(2500, 64, 1e-3, 0.02),
-              "ar-prior": Recipe(1900, 64, 1e-3, 0.02), "decoder": Recipe(7000, 16, 1e-3),
+              "ar-prior": Recipe(1900, 64, 1e-3, 0.02), "decoder": Recipe(7000, 128, 1e-3),
               "upsampler": Recipe(2600, 8, 1e-3)},
     "base": {"clip": Recipe(12000, 512, 1e-3, 0.1), "prior": Recipe(20000, 512, 5e-4, 0.02),
-             "ar-prior": Recipe(20000, 512, 5e-4, 0.02), "decoder": Recipe(60000, 256, 4e-4),
-             "upsampler": Recipe(30000, 64, 4e-4)}}
+             "ar-prior": Recipe(20000, 512, 5e-4, 0.02), "decoder": Recipe(60000, 2048, 4e-4),
+             "upsampler": Recipe(30000, 16, 4e-4)}}
 
 # What --size changes in the models; everything else keeps its default.
 SIZES = {
@@ -83,7 +82,7 @@ STAGES = {
 
 SAVE_SECONDS, LOG_ROWS, PROFILE_SECONDS = 180, 100, 20
 LARGE_PICTURES = 4000                # for the upsampler, to which each gives many crops
-VALIDATION_PICTURES, VALIDATION_DRAWS = 1000, 512
+VALIDATION_PICTURES, VALIDATION_DRAWS = 1000, 1024
 AXES_PICTURES = 10_000               # on which CLIP's principal axes are fitted
 MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") \
     else math.inf                    # bytes of this machine
@@ -119,7 +118,7 @@ def train(run):
                 group["lr"] = learning_rate(state.step, r)
             state.optimizer.step()
             state.step += 1
-            state.update_ema(r.ema)
+            state.update_ema()
             state.sums += torch.stack([loss.detach(), norm])    # to read them would stop a GPU
             state.seconds = time.monotonic() - began
             bar.update()
@@ -137,7 +136,7 @@ def train(run):
 
 
 def check_memory(run, model, pairs):
-    """Refuse a batch that can't fit. What the loss of two pictures keeps for its gradient tells."""
+    """Refuse a batch that can't fit. What the loss of 16 pictures keeps for its gradient tells."""
     kept, g, n = {}, torch.Generator(run.device), run.recipe.batch_size
     have = torch.cuda.mem_get_info(run.device)[1] if run.device.type == "cuda" else MEMORY
 
@@ -145,10 +144,10 @@ def check_memory(run, model, pairs):
         kept[a.untyped_storage().data_ptr()] = a.untyped_storage().nbytes()
         return a
     with torch.autograd.graph.saved_tensors_hooks(note, lambda a: a), autocast(run.device):
-        loss = STAGES[run.stage](model, pairs.draw(2, g), g)
+        loss = STAGES[run.stage](model, pairs.draw(16, g), g)
     for p in model.parameters():                         # they are there once, for any batch
         kept.pop(p.untyped_storage().data_ptr(), None)
-    need = sum(kept.values()) / 2 * n
+    need = sum(kept.values()) / 16 * n
     if need > have:
         raise ValueError(f"--batch-size {n}: needs {need / 1e9:,.1f} GB of memory, and there are "
                          f"{have / 1e9:,.1f}; choose {max(1, int(n * have / need))} or less")
@@ -461,11 +460,10 @@ class State:
                 raise ValueError(f"{run.files['state.pt']}: damaged, or of other captions or "
                                  f"another device ({reason}); --restart begins anew") from None
 
-    def update_ema(self, decay):
-        """The decay warms up: the average of a short run would be mostly its random start."""
-        decay = min(decay, (1 + self.step) / (10 + self.step))
+    def update_ema(self):
+        """Average the weights over about the last ninth of all steps so far, however many."""
         weights = [p.detach() for p in self.model.parameters()]
-        torch._foreach_lerp_(list(self.ema.parameters()), weights, 1 - decay)
+        torch._foreach_lerp_(list(self.ema.parameters()), weights, 9 / (10 + self.step))
 
     def dump(self):
         """All of it as a dict of numbers, strings and tensors."""
@@ -593,7 +591,7 @@ def profile(run):
              "forward": forward,
              "backward": lambda: (state.optimizer.zero_grad(), b.loss.backward(),
                                   torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)),
-             "optimizer": state.optimizer.step, "EMA": lambda: state.update_ema(r.ema)}
+             "optimizer": state.optimizer.step, "EMA": state.update_ema}
     with FlopCounterMode(display=False) as counter:
         for part in parts.values():                      # the first step is slower, and not timed
             part()
@@ -661,7 +659,7 @@ def parse(argv):
     add("--profile", action="store_true", help="train for a few steps, say how fast that was, and "
         "save nothing")
     args = parser.parse_args(argv)
-    args.restart |= args.profile                                             # not from a saved state
+    args.restart |= args.profile                             # a profile begins with no saved state
     return args
 
 

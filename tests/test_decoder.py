@@ -84,18 +84,19 @@ def test_padding_has_no_influence_and_a_hidden_caption_is_one_null_row_by_row():
 
 
 def test_training_hides_z_i_1_time_in_10_and_the_caption_every_other_independently():
-    model, shown, B = decoder(), [], 20_000
+    model, shown, B = decoder(), [], 80_000
     model.forward = lambda *inputs: shown.extend(inputs) or inputs[0]
     model.loss(torch.zeros(B, 3, 1, 1), Z_I.expand(B, -1), TOKENS[[0] * B],
                torch.Generator().manual_seed(0))
-    _, t, z_i, tokens = shown
+    x_t, t, z_i, tokens = shown
+    assert len(x_t) == B // 8                            # that the UNet sees; the sketch sees all
     no_z_i, no_text = (z_i == 0).all(dim=1).float(), (tokens == PAD).all(dim=1).float()
-    assert no_z_i.mean().item() == pytest.approx(0.1, abs=0.01)
-    assert no_text.mean().item() == pytest.approx(0.5, abs=0.015)
-    assert (no_z_i * no_text).mean().item() == pytest.approx(0.05, abs=0.006)
-    assert torch.equal(z_i[no_z_i == 0], Z_I.expand(B, -1)[no_z_i == 0])
-    counts = t.sub(1).div(100, rounding_mode="floor").bincount() / B
-    assert torch.allclose(counts, torch.full((10,), 0.1), atol=0.01)         # 1 to 1000, evenly
+    assert no_z_i.mean().item() == pytest.approx(0.1, abs=0.012)
+    assert no_text.mean().item() == pytest.approx(0.5, abs=0.02)
+    assert (no_z_i * no_text).mean().item() == pytest.approx(0.05, abs=0.008)
+    assert torch.equal(z_i[no_z_i == 0], Z_I.expand(B // 8, -1)[no_z_i == 0])
+    counts = t.sub(1).div(100, rounding_mode="floor").bincount() / len(t)
+    assert torch.allclose(counts, torch.full((10,), 0.1), atol=0.012)        # 1 to 1000, evenly
 
 
 def test_guidance_is_the_null_plus_s_times_the_difference_and_none_is_the_null():
@@ -127,8 +128,9 @@ def x_0_error(model, z_i, t):
 @pytest.fixture(scope="module")
 def overfitted():
     model, generator = decoder(), torch.Generator().manual_seed(0)
-    x, z_i = PICTURES.repeat(4, 1, 1, 1), Z_OF_PICTURES.repeat(4, 1)
-    loss = lambda: model.loss(x, z_i, TOKENS[[0] * 16], generator)
+    order = torch.arange(128) // 8 % 4                   # the UNet sees every eighth
+    x, z_i = PICTURES[order], Z_OF_PICTURES[order]
+    loss = lambda: model.loss(x, z_i, TOKENS[[0] * 128], generator)
     return learn(model, loss, steps=200, lr=1e-2)
 
 
