@@ -463,7 +463,7 @@ def test_no_step_waits_for_the_device(trained, stage):
         loss.backward()
         norm = nn.utils.clip_grad_norm_(state.model.parameters(), 1.0)
         state.optimizer.step()
-        state.update_ema(0.999)
+        state.update_ema()
         state.sums += torch.stack([loss.detach(), norm])
         torch.cuda.set_sync_debug_mode("default") if device == "cuda" else None
 

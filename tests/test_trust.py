@@ -74,8 +74,8 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(two_folders, monkeypatc
     argv = ["--stage", stage, "--restart"]
     assert type_train(*argv, "--out", whole, steps=5) == 0
 
-    def stop_at_3(state, decay):                     # which lies between two rows of the log
-        update(state, decay)
+    def stop_at_3(state):                            # which lies between two rows of the log
+        update(state)
         for _ in range(2 if state.step == 3 else 0):
             os.kill(os.getpid(), signal.SIGTERM if stage == "prior" else signal.SIGINT)
     with monkeypatch.context() as patch:
@@ -131,8 +131,8 @@ def test_a_process_killed_at_random_moments_loses_nothing_that_was_saved(two_fol
 def test_the_memory_of_training_is_flat(two_folders, monkeypatch, stage):
     bytes_at, update = {}, train.State.update_ema
 
-    def watch(state, decay):
-        update(state, decay)
+    def watch(state):
+        update(state)
         if state.step % 100 == 0:
             pages = open("/proc/self/statm").read().split()[1]
             bytes_at[state.step] = int(pages) * os.sysconf("SC_PAGE_SIZE")
@@ -222,8 +222,8 @@ def training_state(folder):
     """A run of three steps that ended after two of them."""
     with pytest.MonkeyPatch.context() as patch:
         update = train.State.update_ema
-        patch.setattr(train.State, "update_ema", lambda state, decay: (
-            update(state, decay), state.step == 2 and os.kill(os.getpid(), signal.SIGINT)))
+        patch.setattr(train.State, "update_ema", lambda state: (
+            update(state), state.step == 2 and os.kill(os.getpid(), signal.SIGINT)))
         assert type_train("--stage", "upsampler", "--out", "run", steps=3) == 130
     path = folder / "run" / "upsampler.state.pt"
     return path, tree_or_bytes(path, read(path), torch.save, ODD + TENSORS), \
