@@ -73,7 +73,8 @@ def tiny_parts():
             "ar_prior": ARPrior(ARPriorConfig(16, **text, components=4, buckets=8, width=32,
                                               depth=1)),
             "decoder": Decoder(DecoderConfig(16, **text, channels=(16, 32), blocks=(1, 1),
-                                             attention=(False, True), width=32, text_depth=1)),
+                                             attention=(False, True), width=64, text_depth=1,
+                                             sketch_width=32)),
             "upsampler": Upsampler(UpsamplerConfig(channels=(8, 8), blocks=(1, 1), width=16))}
         for part, model in parts.items():
             shake(model).eval().requires_grad_(False)
@@ -103,8 +104,8 @@ def tiny_weights(tmp_path_factory):
 
 TINY = {"clip": dict(width=64, depth=1, dim=16), "prior": dict(width=32, depth=1),
         "ar-prior": dict(width=32, depth=1, buckets=8),
-        "decoder": dict(channels=(8, 32), blocks=(1, 1), attention=(False, True), width=32,
-                        text_depth=1),
+        "decoder": dict(channels=(8, 32), blocks=(1, 1), attention=(False, True), width=64,
+                        text_depth=1, sketch_width=32),
         "upsampler": dict(channels=(8,), blocks=(1,), width=16)}
 FEW = dict(LARGE_PICTURES=4, VALIDATION_PICTURES=6, VALIDATION_DRAWS=16, LOG_ROWS=3)
 

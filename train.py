@@ -69,7 +69,7 @@ SIZES = {
     "small": {"clip": {}, "prior": {}, "ar-prior": {}, "decoder": {}, "upsampler": {}},
     "base": {"clip": dict(patch=4, width=256, depth=6, dim=128), "prior": dict(width=256),
              "ar-prior": dict(width=256),
-             "decoder": dict(channels=(64, 128, 192), blocks=(2, 2, 2), width=256, text_depth=3),
+             "decoder": dict(channels=(64, 128, 192), blocks=(2, 2, 2), width=256, text_depth=6),
              "upsampler": dict(channels=(64, 128, 192), blocks=(1, 2, 2), width=256)}}
 
 # The loss of each stage, on a batch b as Pairs.batch makes it, with random numbers by g.
@@ -191,7 +191,8 @@ def report(run, state, validation, log, bar):
 @torch.no_grad()
 def validate(run, ema, pairs):
     """Columns of the log, as (name, value): the loss, with the same draws and noise each time; and
-    of a decoder, 1,000 times the error of x_0 at five times t, for each group of pictures."""
+    of a decoder, 1,000 times the error of x_0 at five times t, and of the sketch, for each group of
+    pictures."""
     g, n = torch.Generator(run.device).manual_seed(0), run.recipe.batch_size
     with autocast(run.device):
         losses = [STAGES[run.stage](ema, pairs.draw(n, g), g)
@@ -206,6 +207,8 @@ def validate(run, ema, pairs):
                 v = ema(x_t, ts, b.z_i, b.tokens).float()
                 x_0, _ = ema.diffusion.x_0_and_eps(v, x_t, ts)
                 yield f"{name}_{t}", 1000 * F.mse_loss(x_0, b.x).item()
+            z_i, _, end = ema.encode_conditions(b.z_i, b.tokens)
+            yield f"{name}_sketch", 1000 * ema.sketch_error(b.x, z_i, end).item()
 
 
 def picture_to_watch(run, model, pairs):
@@ -361,6 +364,9 @@ def build(run, pairs):
                              f"more, or a larger --limit")
         z_t = pairs.z_t[pairs.row[:, 0]].repeat(len(pairs.z_i), 1)
         model.fit(run.clip.whiten(z_i), (z_i * z_t).sum(-1))
+    elif run.stage == "decoder":
+        # differs from the paper: the caption's Transformer starts as CLIP's, which knows the words
+        model.text.load_state_dict(run.clip.text.state_dict())
     return model.train()
 
 

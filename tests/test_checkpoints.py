@@ -98,7 +98,7 @@ DAMAGE = {
     "a size is a word": config(dim="large"), "a size is negative": config(width=-32),
     "a size is enormous": config(width=10**9),
     "a size is missing": lambda c: c["config"].pop("dim"),
-    "a size is not the weights'": config(width=64), "channels are a number": config(channels=3),
+    "a size is not the weights'": config(width=32), "channels are a number": config(channels=3),
     "no CLIP is named": lambda c: c.pop("clip_id"), "its CLIP is a number": lambda c: c.update(
         clip_id=7),
     "no data set is named": lambda c: c["trained"].pop("data"),

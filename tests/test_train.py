@@ -139,7 +139,7 @@ def learnt(tmp_path_factory):
             sets = {"train": coloured(256, 0, folder is folders[1]), "validation": coloured(64, 1)}
             patch.setattr(train.data, "load", lambda name, split, *_: sets[split])
             options = ["--batch-size", 32, "--out", folder]
-            assert type_train("--stage", "clip", *options, steps=12) == 0
+            assert type_train("--stage", "clip", *options, steps=24) == 0
             write_torch(folder / "clip.pt", read(folders[0] / "clip.pt"))
             for stage in ("prior", "ar-prior"):
                 assert type_train("--stage", stage, *options, "--lr", 3e-3, steps=100) == 0
@@ -166,14 +166,22 @@ def test_a_prior_s_z_i_are_nearer_than_the_mean_unless_it_learnt_shuffled_captio
     assert near[0] > baseline + 0.4 * (1 - baseline) and near[1] < baseline, (near, baseline)
 
 
+def test_a_decoder_s_caption_transformer_starts_as_clip_s(trained):
+    run = run_of("decoder", "--out", trained, "--restart")
+    pairs, _ = train.load_pairs(run)
+    given, own = run.clip.text.state_dict(), train.build(run, pairs).text.state_dict()
+    assert all(torch.equal(own[name], value) for name, value in given.items())
+
+
 def test_x_0_errors_are_those_of_the_closed_form_for_a_network_that_answers_zero(trained):
     """Then x_0 is guessed as cos φ · x_t, which is off by sin² φ · x_0 − cos φ sin φ · eps."""
     run = run_of("decoder", "--out", trained, "--restart")
     pairs, validation = train.load_pairs(run)
     model = train.build(run, pairs).eval()           # its last layer starts at zero
     columns = dict(train.validate(run, model, validation))
-    assert len(columns) == 11 and set(validation.groups) == {"one", "two"}
+    assert len(columns) == 13 and set(validation.groups) == {"one", "two"}
     for name, i in validation.groups.items():
+        assert columns[f"{name}_sketch"] > 0
         for t in (100, 300, 500, 700, 900):
             cos2, x = model.diffusion.alphas_bar[t].item(), to_float(validation.images[i])
             error = (1 - cos2) ** 2 * x.square().mean().item() + cos2 * (1 - cos2)
@@ -302,7 +310,7 @@ def test_validation_has_batches_of_the_training_s_size(call, monkeypatch):
     monkeypatch.setitem(train.STAGES, "clip", lambda model, b, g: (
         sizes.add((model.training, len(b.x))), loss(model, b, g))[1])
     assert call("--stage", "clip", "--out", "run", "--batch-size", 200, steps=1)[0] == 0
-    assert sizes == {(True, 2), (True, 200), (False, 200)}               # two: see check_memory
+    assert sizes == {(True, 16), (True, 200), (False, 200)}              # 16: see check_memory
 
 
 def test_a_second_run_of_a_part_in_a_folder_is_refused_while_the_first_runs(call, copied, unseen):
