@@ -163,6 +163,10 @@ class Decoder(nn.Module):
     # differs from the paper: z_i is hidden in 0.3, there in 0.1 (sec. 2.1). Captions are learnt
     # where z_i does not say the same already.
     DROP_Z_I, DROP_TEXT = 0.3, 0.5
+    # differs from the paper: in training z_i is shown with noise, of 0 to NOISE_Z_I standard
+    # deviations. What a prior draws is not as exact as the z_i of a picture. The paper corrupts
+    # what its upsamplers are shown, for the same reason.
+    NOISE_Z_I = 0.3
 
     def __init__(self, config):
         super().__init__()
@@ -222,7 +226,10 @@ class Decoder(nn.Module):
         shown = torch.rand(2, B, 1, device=device, generator=generator)
         drop_z_i = torch.full((B, 1), 0.5, device=device)
         drop_z_i[::8] = self.DROP_Z_I
-        z_i, tokens = z_i * (shown[0] >= drop_z_i), tokens * (shown[1] >= self.DROP_TEXT)
+        noise = torch.randn(z_i.shape, device=device, generator=generator)
+        level = torch.rand(B, 1, device=device, generator=generator)
+        z_i = (z_i + self.NOISE_Z_I * level * noise) * (shown[0] >= drop_z_i)
+        tokens = tokens * (shown[1] >= self.DROP_TEXT)
         z, _, text_emb = self.encode_conditions(z_i, tokens)
         sketch_error = self.sketch_error(x, z, text_emb)
         x_8, z_i, tokens = x[::8], z_i[::8], tokens[::8]

@@ -265,11 +265,12 @@ def variety(bench):
     Of the pictures that the judge calls a cube: the entropy of their colours (1: all are equally
     frequent), how widely they stand, as a ratio to the data, and how many are large."""
     N, cube, rows = bench.most(256), "a cube", []
-    data = bench.judge.read(bench.renders([cube] * 4 * N, first=N))["position"][:, 0].std(0)
+    data = bench.judge.read(bench.renders([cube] * 4 * N, first=N))["position"][:, 0]
     for name, x in conditions(bench, [cube] * N):
         seen = bench.judge.read(x)
         k = (seen["count"] == 1) & (seen["shape"][:, 0] == SHAPES.index("cube"))
-        across, down = (seen["position"][k, 0].std(0) / data).tolist()
+        across, down = (seen["position"][k, 0].std(0, correction=0)
+                        / data.std(0, correction=0)).tolist()
         rows.append({"pictures from": name, "pictures": len(x), "cubes %": k,
                      "entropy of colour": entropy(seen["colour"][k, 0], len(COLOURS)),
                      "spread, across": across, "spread, down": down,
