@@ -142,9 +142,9 @@ def fill(images, scenes, name, bar):
     if have:
         images[:have] = kept["images"][:have]
         bar.update(have)
-    for i in range(have, len(images), 200):    # the bar moves once or more in a second
-        images[i:i + 200] = render(scenes[i:i + 200], images.shape[-1])
-        bar.update(len(images[i:i + 200]))
+    for i in range(have, len(images), 1000):    # the bar moves every few seconds
+        images[i:i + 1000] = render(scenes[i:i + 1000], images.shape[-1])
+        bar.update(len(images[i:i + 1000]))
     if name and have < len(images):
         write_cache(name, {"images": images.clone()})    # of a slice, torch would save the whole
 

@@ -15,12 +15,12 @@ import random
 import re
 from dataclasses import dataclass
 from functools import lru_cache
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 # ---- Pixels -------------------------------------------------------------------------------------
@@ -77,7 +77,7 @@ SIZES = ["small", "large"]
 RELATIONS = ["alone", "left of", "on top of"]    # "right of" is another wording of "left of"
 UNSEEN = {("purple", "cylinder"), ("orange", "sphere"), ("cyan", "cone"), ("gray", "sphere")}
 
-RENDERER_VERSION = 2    # raise it whenever a picture or a caption changes: it names the cache
+RENDERER_VERSION = 3    # raise it whenever a picture or a caption changes: it names the cache
 
 
 @dataclass
@@ -107,7 +107,7 @@ def sample_scene(rng, given=None):
     that may be seen (if both are given, any pair may), and its size does not depend on them.
     """
     given = given or {}
-    relation = given.get("relation") or rng.choices(RELATIONS, (0.55, 0.225, 0.225))[0]
+    relation = given.get("relation") or rng.choice(RELATIONS)
     fixed = given.get("solids") or [{}] * (1 if relation == "alone" else 2)
     solids = []
     for slot, names in enumerate(fixed):
@@ -304,24 +304,36 @@ def stacked(solids, reach, rng):
 # ---- The ray tracer -----------------------------------------------------------------------------
 
 SAMPLES = 3    # rays along each side of a pixel
+MANY = 500     # pictures are worth the start of several processes
+PORTION = 20   # pictures come from a process at once
 AMBIENT, DIFFUSE, SHINE = 0.5, 0.62, 0.35
+
+
+class Renders:
+    """Scenes as a torch data set: each is rendered when it is asked for: uint8 (3, size, size)."""
+
+    def __init__(self, scenes, size):
+        self.scenes, self.size = scenes, size
+
+    def __len__(self):
+        return len(self.scenes)
+
+    def __getitem__(self, i):
+        return to_uint8(trace(self.scenes[i], self.size))
 
 
 def render(scenes, size=32, title=None):
     """N scenes → uint8 (N, 3, size, size). Given a title, a progress bar goes to stderr."""
-    images = torch.empty(len(scenes), 3, size, size, dtype=torch.uint8)
-    # Each worker draws whole pictures. torch's own threads would share each small operation, and
-    # wait for each other at full speed: ten times slower as soon as another program computes.
-    workers = torch.get_num_threads()
+    # A picture is hundreds of small operations. Threads wait for each other at each of them, so
+    # that two draw no faster than one. Processes do not.
+    threads = torch.get_num_threads()
+    loader = DataLoader(Renders(scenes, size), batch_size=PORTION, generator=torch.Generator(),
+                        num_workers=threads if len(scenes) >= MANY and threads > 1 else 0)
     torch.set_num_threads(1)
     try:
-        with ThreadPool(workers) as pool:
-            drawn = pool.imap(lambda scene: to_uint8(trace(scene, size)), scenes)
-            for i, image in enumerate(tqdm(drawn, title, len(scenes), disable=title is None)):
-                images[i] = image
+        return torch.cat(list(tqdm(loader, title, disable=title is None, unit_scale=PORTION)))
     finally:
-        torch.set_num_threads(workers)
-    return images
+        torch.set_num_threads(threads)
 
 
 def in_torch(solid):

@@ -67,7 +67,8 @@ def test_blocks_of_shapes_serve_any_limit_and_only_what_is_missing_is_rendered(c
         assert tuple(some.captions) == captions[:limit] and not some.flips
         assert torch.equal(some.labels["position"], position[:limit])
         drawn.clear()
-    files = [cache / f"shapes-v2-train-32px-seed0-from{first}.pt" for first in (0, 4, 8)]
+    name = f"shapes-v{shapes.RENDERER_VERSION}-train-32px-seed0-from"
+    files = [cache / f"{name}{first}.pt" for first in (0, 4, 8)]
     assert sorted(cache.iterdir()) == files
     assert all(file.stat().st_size < 20_000 for file in files)    # each holds its own block alone
     data.load("shapes", "train", limit=2, seed=1), data.load("shapes", "train", limit=2, size=8)

@@ -294,7 +294,7 @@ def test_a_sound_solid_has_more_form_than_a_dented_or_another_one():
     cube, another, sphere = render(scenes)
     pictures = torch.stack([cube, another, bitten(cube, scenes[0].solids[0], 5), sphere])
     oracle = Oracle([scenes[0], scenes[1], scenes[0], scenes[2]])
-    decibels, drawn = form(pictures, [("cube", "red")] * 4, oracle, candidates=12, plan=((32, 10),))
+    decibels, drawn = form(pictures, [("cube", "red")] * 4, oracle, candidates=12, plan=((32, 16),))
     assert drawn.shape == pictures.shape
     assert decibels[:2].min() > 18 and decibels[:2].min() > decibels[2:].max() + 3
 
