@@ -219,14 +219,14 @@ class TextEncoder(nn.Module):
 @dataclass
 class CLIPConfig:
     """What CLIP's weights depend on. The defaults are the small size, for rendered shapes."""
-    vocab: int               # of the tokenizer that belongs to these weights
-    context: int             # most tokens of a caption
-    image_size: int = 32     # pixels a side
-    patch: int = 8           # pixels a side that become one image token; a power of two
-    stem: tuple = (48, 96)   # channels on the way from the picture to its patches
-    width: int = 128         # of both Transformers
+    vocab: int                  # of the tokenizer that belongs to these weights
+    context: int                # most tokens of a caption
+    image_size: int = 32        # pixels a side
+    patch: int = 8              # pixels a side that become one image token; a power of two
+    stem: tuple = (24, 48, 96)  # channels on the way from the picture to its patches
+    width: int = 128            # of both Transformers
     depth: int = 2
-    dim: int = 64            # of z_i and z_t, the paper's D
+    dim: int = 64               # of z_i and z_t, the paper's D
 
 
 class CLIP(nn.Module):
