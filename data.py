@@ -119,34 +119,52 @@ BLOCK = 10_000    # pictures in a file of the cache, so that another limit finds
 
 def shapes(split, size, limit, data_dir, seed, cache):
     """Rendered shapes: 60,000 to train and 2,000 to validate, or `limit`, which may be more."""
-    N = limit or {"train": 60_000, "validation": 2_000}[split]
+    N, captions, labels = limit or {"train": 60_000, "validation": 2_000}[split], [], []
     try:
         images = torch.empty(N, 3, size, size, dtype=torch.uint8)
     except RuntimeError:
         raise ValueError(f"{N:,} images of {size} pixels need {N * 3 * size ** 2 / 1e9:,.0f} GB of "
                          "memory: choose a smaller limit") from None
-    numbers = tqdm(range(N), f"scenes of {split} shapes", delay=2, leave=False)
-    scenes, captions = zip(*(item(split, i, seed) for i in numbers))
     with tqdm(desc=f"rendering {split} shapes, {size} pixels", total=N, delay=0.5) as bar:
         for first in range(0, N, BLOCK):
-            block = slice(first, first + BLOCK)
             name = f"shapes-v{RENDERER_VERSION}-{split}-{size}px-seed{seed}-from{first}.pt"
-            fill(images[block], scenes[block], name if cache else None, bar)
-    return Dataset(images, list(captions), labels_of(scenes), classes=[], flips=False)
+            block = fill(images[first:first + BLOCK], lambda i: item(split, first + i, seed),
+                         name if cache else None, bar)
+            captions += read_json(block.pop("captions"))
+            labels.append(block)
+    labels = {key: torch.cat([block[key] for block in labels])[:N] for key in labels[0]}
+    return Dataset(images, captions[:N], labels, classes=[], flips=False)
 
 
-def fill(images, scenes, name, bar):
-    """Render a block's scenes into `images`, but for those that the cache holds under `name`."""
-    kept = name and read_cache(name, {"images": images})
-    have = min(len(kept["images"]), len(images)) if kept else 0
-    if have:
-        images[:have] = kept["images"][:have]
-        bar.update(have)
-    for i in range(have, len(images), 1000):    # the bar moves every few seconds
-        images[i:i + 1000] = render(scenes[i:i + 1000], images.shape[-1])
-        bar.update(len(images[i:i + 1000]))
-    if name and have < len(images):
-        write_cache(name, {"images": images.clone()})    # of a slice, torch would save the whole
+def fill(images, draw_item, name, bar):
+    """Render a block's items into `images`, but for those that the cache holds under `name`.
+    draw_item(i): (scene, captions). Returns the captions, as JSON in a tensor, and the labels."""
+    scene, captions = draw_item(0)
+    none = {"images": images, "captions": write_json([captions]), **labels_of([scene])}
+    block = name and read_cache(name, none) or {key: x[:0] for key, x in none.items()}
+    kept = block.pop("images")[:len(images)]
+    images[:len(kept)] = kept
+    bar.update(len(kept))
+    missing = range(len(kept), len(images))
+    if missing:
+        scenes, captions = zip(*map(draw_item, missing))
+        for i in range(0, len(missing), 1000):    # the bar moves every few seconds
+            some = render(scenes[i:i + 1000], images.shape[-1])
+            images[missing[i]:missing[i] + 1000] = some
+            bar.update(len(some))
+        block = {"captions": write_json(read_json(block["captions"]) + list(captions)),
+                 **{key: torch.cat([block[key], v]) for key, v in labels_of(scenes).items()}}
+        if name:                       # a clone, or torch would save all that images is a part of
+            write_cache(name, {"images": images.clone(), **block})
+    return block
+
+
+def write_json(value):
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+
+
+def read_json(tensor):
+    return json.loads(tensor.numpy().tobytes() or "[]")
 
 
 # ---- Pictures in files --------------------------------------------------------------------------

@@ -267,30 +267,34 @@ class Pairs:
         self.count = torch.tensor([len(ys) for ys in dataset.captions], device=device)      # (N,)
         self.row = torch.tensor([[row[y] for y in ys] + [0] * (most - len(ys))
                                  for ys in dataset.captions], device=device)       # (N, most)
-        if tokenizer:
-            self.tokens = tokenizer(self.texts, truncate=True).to(device)          # (texts, L)
-        if clip:
-            self.z_i, self.z_t = self.embeddings()       # (views, N, D), (texts, D)
+        if clip:                           # (texts, L), (views, N, D), (texts, D)
+            self.tokens, self.z_i, self.z_t = self.embeddings()
+        elif tokenizer:
+            self.tokens = tokenizer(self.texts, truncate=True).to(device)
         solids = dataset.labels.get("count", torch.zeros(len(dataset)))
         self.groups = {name: (solids == k).nonzero()[:64, 0].to(device)
                        for k, name in enumerate(("all", "one", "two")) if (solids == k).any()}
 
     @torch.no_grad()
     def embeddings(self):
-        """z_i and z_t of all, from the cache if they lie there. Its file is named by a hash of what
-        they are a function of: CLIP's weights, the pictures and the tokens."""
+        """Tokens, z_i and z_t of all, from the cache if they lie there. Its file is named by a hash
+        of what they are a function of: CLIP with its tokenizer, the pictures and the texts."""
         views, D = [self.images, self.images.flip(3)][:1 + self.flips], self.clip.config.dim
-        code = hashlib.sha256()
-        for tensor in [self.images, self.tokens, *self.clip.state_dict().values()]:
+        code = hashlib.sha256(repr((self.tokenizer.state(), self.texts)).encode())
+        for tensor in [self.images, *self.clip.state_dict().values()]:
             code.update(tensor.cpu().contiguous().numpy())
-        name = f"embeddings-v1-{code.hexdigest()[:20]}.pt"
-        kept = data.read_cache(name, {"z_i": torch.zeros(0, len(self.images), D),
+        name = f"embeddings-v2-{code.hexdigest()[:20]}.pt"
+        kept = data.read_cache(name, {"tokens": torch.zeros(0, dtype=torch.long),
+                                      "z_i": torch.zeros(0, len(self.images), D),
                                       "z_t": torch.zeros(0, D)})
-        if kept is None or (len(kept["z_i"]), len(kept["z_t"])) != (len(views), len(self.tokens)):
-            kept = {"z_i": torch.stack([embed_images(self.clip, view) for view in views]),
-                    "z_t": torch.cat([self.clip.encode_text(y) for y in self.tokens.split(500)])}
-            data.write_cache(name, {key: z.cpu() for key, z in kept.items()})
-        return (kept[key].to(self.images.device) for key in ("z_i", "z_t"))
+        if kept is None or (len(kept["z_i"]), len(kept["z_t"])) != (len(views), len(self.texts)):
+            tokens = self.tokenizer(self.texts, truncate=True)
+            z_t = [self.clip.encode_text(y.to(self.images.device)) for y in tokens.split(500)]
+            kept = {"tokens": tokens.flatten(), "z_t": torch.cat(z_t).cpu(),
+                    "z_i": torch.stack([embed_images(self.clip, view) for view in views]).cpu()}
+            data.write_cache(name, kept)
+        kept["tokens"] = kept["tokens"].unflatten(0, (len(self.texts), -1))
+        return (kept[key].to(self.images.device) for key in ("tokens", "z_i", "z_t"))
 
     def draw(self, n, generator):
         """A batch of n random pictures, with a random caption, and mirroring, of each."""

@@ -139,7 +139,7 @@ def learnt(tmp_path_factory):
             sets = {"train": coloured(256, 0, folder is folders[1]), "validation": coloured(64, 1)}
             patch.setattr(train.data, "load", lambda name, split, *_: sets[split])
             options = ["--batch-size", 32, "--out", folder]
-            assert type_train("--stage", "clip", *options, steps=24) == 0
+            assert type_train("--stage", "clip", *options, steps=36) == 0
             write_torch(folder / "clip.pt", read(folders[0] / "clip.pt"))
             for stage in ("prior", "ar-prior"):
                 assert type_train("--stage", stage, *options, "--lr", 3e-3, steps=100) == 0
@@ -163,7 +163,9 @@ def test_a_prior_s_z_i_are_nearer_than_the_mean_unless_it_learnt_shuffled_captio
     for folder in learnt:
         unclip.parts[name] = load_part(folder / f"{name}.pt")
         near.append((unclip.draw_z_i(tokens, 0, range(64), kind) * true).sum(1).mean())
-    assert near[0] > baseline + 0.4 * (1 - baseline) and near[1] < baseline, (near, baseline)
+    # The best of two fits the caption a little, whatever the prior learnt.
+    right, by_chance = (baseline + share * (1 - baseline) for share in (0.5, 0.2))
+    assert near[0] > right and near[1] < by_chance, (near, baseline)
 
 
 def test_a_decoder_s_caption_transformer_starts_as_clip_s(trained):
@@ -517,14 +519,15 @@ def test_embeddings_are_kept_for_the_same_weights_pictures_and_captions_alone(
     make = lambda d, clip: train.Pairs(d, clip.tokenizer, clip, "cpu")
     first, again, views = make(d, clip), make(d, clip), 1 + d.flips
     assert len(counted) == views
-    assert torch.equal(first.z_i, again.z_i) and torch.equal(first.z_t, again.z_t)
+    assert all(torch.equal(getattr(first, key), getattr(again, key))
+               for key in ("tokens", "z_i", "z_t"))
     make(replace(d, images=255 - d.images), clip)
     make(replace(d, captions=[["other words"]] * len(d)), clip)
     make(d, shake(copy.deepcopy(clip)))
     assert len(counted) == 4 * views
     for file in tmp_path.iterdir():
-        torch.save({"z_i": first.z_i[:0], "z_t": first.z_t}, file)       # of another length
-    assert torch.equal(make(d, clip).z_i, first.z_i)
+        torch.save({"tokens": first.tokens.flatten(), "z_i": first.z_i[:0], "z_t": first.z_t}, file)
+    assert torch.equal(make(d, clip).z_i, first.z_i)         # what has another length is made anew
 
 
 def test_a_picture_is_drawn_with_its_own_captions_alike_often(pairs):
