@@ -236,7 +236,7 @@ def test_whitened_z_i_are_centred_none_is_blown_up_and_unwhiten_undoes_it(turned
     assert white.mean(dim=0).abs().max() < 1e-3
     expected = variances / (variances + clip.FLOOR * variances.mean())
     assert torch.allclose(white.var(dim=0, correction=0).double(), expected, atol=1e-3)
-    assert 0.95 < expected[0] < 1 and expected[-1] < 0.5
+    assert 0.95 < expected[0] < 1 and expected[-1] < 0.6
     assert torch.equal(tiny_clip().whiten(z_i), z_i)                   # before the fit
     for z in (z_i, z_t):
         assert torch.allclose(clip.unwhiten(clip.whiten(z)), z, atol=1e-5)
