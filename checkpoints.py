@@ -177,7 +177,7 @@ def load_parts(folder, device="cpu"):
             model = clip if part == "clip" else load_part(path, device)
             if model.clip_id in (clip.clip_id, None):
                 found[part] = model
-                print(f"{part}: not in {folder}, using the shipped {path}", file=sys.stderr)
+                say(f"{part}: not in {folder}, using the shipped {path}")
     return found
 
 

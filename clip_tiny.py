@@ -171,7 +171,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
-        for block in self.blocks:          # GPT-2's rule: the residual sum starts out no wider
+        for block in self.blocks:          # GPT-2's rule: depth does not widen the sum
             for linear in (block.attention.out, block.mlp[2]):
                 nn.init.normal_(linear.weight, std=(2 * depth * width) ** -0.5)
                 nn.init.zeros_(linear.bias)
@@ -195,8 +195,7 @@ def causal_mask(visible):
 class TextEncoder(nn.Module):
     """Tokens embedded and read by a causal Transformer: CLIP's text tower, and the decoder's.
 
-    Because it is causal, padding, which comes last, has no influence on the tokens of the text. A
-    hidden caption is all padding, and its end is then its first token: a learnt null.
+    Because it is causal, padding, which comes last, has no influence on the tokens of the text.
     """
 
     def __init__(self, vocab, context, width, depth):
@@ -274,7 +273,7 @@ class CLIP(nn.Module):
         """Symmetric contrastive cross-entropy of B pairs: x (B, 3, H, W), tokens (B, L); a scalar.
 
         differs from the paper: captions repeat within a batch here. All pictures of one caption are
-        right answers for it, and share the target's mass, so that equal ones are not pushed apart.
+        right answers for it, and share the target's mass, so that they are not pushed apart.
         """
         with torch.no_grad():                # clamped here: a clamp on the way would stop gradients
             self.logit_scale.clamp_(max=math.log(100))
@@ -293,10 +292,10 @@ class CLIP(nn.Module):
 
         Both projections turn alike, so no angle changes. The same axes serve three ends: the AR
         prior's codes (sec. 2.2), Fig. 7, and `whiten`. The main axes are those that the paper's
-        rule keeps. CLIP spends nearly all variance on what captions tell apart, so only there is
-        z_t like a z_i. Returns the variances along the axes (D,).
+        rule keeps. Nearly all variance is in what captions name, so only along these axes is z_t
+        like a z_i. Returns the variances along the axes (D,).
         """
-        z = z_i.cpu().double()                                       # MPS has neither
+        z = z_i.cpu().double()                                       # MPS has no float64
         variances, axes = torch.linalg.eigh((z - z.mean(0)).T @ (z - z.mean(0)) / len(z))
         variances, axes = variances.flip(0).clamp(min=0), axes.T.flip(0)
         for projection in (self.image_projection, self.text_projection):
@@ -310,8 +309,8 @@ class CLIP(nn.Module):
         """z (B, D) → centred, and divided by its spread along each axis: at most unit variance.
 
         differs from the paper: priors and decoder are shown z_i like this. Where a solid stands is
-        in z_i too, but along axes of a hundredth of the variance. A network that is shown z_i as it
-        is finds it only after a very long training. Axes below FLOOR, as a share of the mean
+        in z_i too, but along axes of a hundredth of the variance. A network that is shown plain
+        z_i learns it only after a very long training. Axes below FLOOR, as a share of the mean
         variance, are mostly noise: they stay small.
         """
         return (z - self.mean) / self.std

@@ -3,7 +3,7 @@
 A data set is one uint8 tensor (N, 3, H, W) and a list of captions for each picture. It lies in
 memory as a whole: a batch is an index, and no loader processes are needed. load() makes it.
 
-Next chapter: train.py.
+Next chapter: judge.py.
 """
 import codecs
 import hashlib
@@ -87,7 +87,8 @@ def cache_folder():
 
 
 def read_cache(name, like):
-    """The dict of tensors kept under this name. It must be like the given one, but for lengths."""
+    """The dict of tensors kept under this name. It must have the keys, the kinds and, but for
+    its length, the shapes of the given one."""
     def kinds(tensors):
         return {key: (x.dtype, x.ndim, x.shape[1:]) for key, x in tensors.items()}
     try:

@@ -26,7 +26,7 @@ class ResBlock(nn.Module):
         self.emb = nn.Linear(emb_width, 2 * c_out)
         self.norm_2, self.conv_2 = nn.GroupNorm(8, c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
         self.shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-        nn.init.zeros_(self.conv_2.weight)               # a new block is its shortcut
+        nn.init.zeros_(self.conv_2.weight)               # a new block starts near its shortcut
 
     def forward(self, x, emb):
         h = self.conv_1(F.silu(self.norm_1(x)))
@@ -36,8 +36,8 @@ class ResBlock(nn.Module):
 
 
 class ImageAttention(nn.Module):
-    """Every place of a feature map attends to every other, and to the context (GLIDE): the keys and
-    values of both stand in one row."""
+    """Every place of a feature map attends to every other, and to the context (GLIDE): keys and
+    values of both are put in one row."""
 
     def __init__(self, channels, context_width):
         super().__init__()
@@ -153,15 +153,15 @@ class Decoder(nn.Module):
     Transformer adds its last output to the timestep embedding, and all its outputs to the context.
     Learnt nulls stand for conditions that are hidden.
     differs from the paper: the variance of a sampling step is DDPM's, not learnt. And the UNet is
-    also shown a sketch, the mean picture E[x | z_i, y], of half the size. The mean is the best
+    also shown a sketch, the mean picture E[x | z_i, y], of few pixels. The mean is the best
     estimate of x_0 from pure noise. The UNet is slow to learn it; a small MLP learns it sooner.
     """
 
     Z_I_TOKENS = 4
     # How often training hides each condition. Guidance needs a network that can draw without them,
     # and the manipulations have no caption.
-    # differs from the paper: z_i is hidden in 0.3, there in 0.1 (sec. 2.1). Captions are learnt
-    # where z_i does not say the same already.
+    # differs from the paper: z_i is hidden in 0.3, there in 0.1 (sec. 2.1). What captions say is
+    # learnt where z_i does not say it already.
     DROP_Z_I, DROP_TEXT = 0.3, 0.5
     # differs from the paper: in training z_i is shown with noise, of 0 to NOISE_Z_I standard
     # deviations. What a prior draws is not as exact as the z_i of a picture. The paper corrupts
@@ -192,7 +192,7 @@ class Decoder(nn.Module):
         context = torch.cat([z_i_tokens, text], dim=1)                   # (B, 4 + L, width)
         visible = F.pad(tokens != PAD, (self.Z_I_TOKENS, 0), value=True)          # (B, 4 + L)
         # Detached: the sketch is to be the mean picture, and learns from its own error alone.
-        sketch = self.draw_sketch(z_i, text_emb).detach()                # (B, 3, H/2, W/2)
+        sketch = self.draw_sketch(z_i, text_emb).detach()                # (B, 3, 16, 16)
         x = torch.cat([x_t, F.interpolate(sketch, x_t.shape[-2:], mode="bilinear")], dim=1)
         return self.unet(x, t, emb, context, visible)
 
@@ -205,7 +205,7 @@ class Decoder(nn.Module):
 
     def draw_sketch(self, z_i, text_emb):
         """E[x | z_i, y] (B, 3, sketch_size, sketch_size), of what `encode_conditions` returns."""
-        # z_i enlarged: the MLP then learns a function that changes quickly with z_i far sooner.
+        # 4 z_i, not z_i: so the MLP sooner learns a function that changes quickly with z_i.
         return self.sketch(torch.cat([4 * z_i, text_emb], dim=1))
 
     def sketch_error(self, x, z_i, text_emb):
@@ -214,13 +214,13 @@ class Decoder(nn.Module):
         return F.mse_loss(self.draw_sketch(z_i, text_emb), low)
 
     def loss(self, x, z_i, tokens, generator=None):
-        """Mean squared error of eps at random t, and that of the sketch: a scalar.
+        """The error of eps at random t (Diffusion.loss), and that of the sketch: a scalar.
 
         x (B, 3, H, W) in [-1, 1]; z_i (B, D), whitened; tokens (B, L). z_i is that of x itself: the
         decoder learns to invert CLIP. A z_i drawn by a prior would belong to another picture.
-        The UNet sees only every eighth picture. Its step costs most, and all that the captions have
-        to teach takes far more pictures than the UNet needs; the sketch is cheap and sees all. In
-        half of the others z_i is hidden: what a caption says is learnt where nothing else says it.
+        The UNet, which costs most, sees only every eighth picture. Captions take far more pictures
+        to learn from than the UNet needs. The sketch is cheap, and it sees all. In half of those
+        that the UNet does not see, z_i is hidden, so that the caption must be read.
         """
         B, device = len(x), x.device
         shown = torch.rand(2, B, 1, device=device, generator=generator)
@@ -278,7 +278,7 @@ class Upsampler(nn.Module):
     crops, half of the side, and is applied to whole pictures; attention would meet more places than
     it was trained on. In training the small picture is slightly corrupted, because what the decoder
     draws is not as clean as a render.
-    differs from the paper: the UNet adds to the v that would be right if x_0 were the enlarged
+    differs from the paper: the UNet's answer is added to the v that belongs to x_0 = the enlarged
     picture. That picture is nearly right, and a network alone would copy it only roughly.
     """
 

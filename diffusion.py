@@ -35,8 +35,8 @@ class Diffusion(nn.Module):
 
     objective: what the loss compares, "eps" (sec. 2.1, as in GLIDE) or "x_0" (sec. 2.2).
     differs from the paper: the network always answers v (Salimans & Ho 2022), from which x_0 and
-    eps are computed. With little noise x_0 is almost x_t, and with much noise eps is. A network
-    copies its input only roughly; with v, the formula copies it.
+    eps are computed. With little noise x_0 is almost x_t, with much noise eps is, and a
+    network copies its input only roughly. With v, `x_0_and_eps` does the copying.
     power: a sampler's times are evenly spaced if it is 1, and denser near 0 if it is more.
     """
 
@@ -68,12 +68,12 @@ class Diffusion(nn.Module):
         return cos * x_t - sin * v, sin * x_t + cos * v
 
     def loss(self, f, x_0, t, eps):
-        """Mean squared error of f's answer at the steps t (B,) in 1..T: a scalar.
+        """f's mean squared error at the steps t (B,) in 1..T, of x_0 or of eps: a scalar.
 
         differs from the paper: the error of eps is the error of x_0 times the signal-to-noise
-        ratio. This weight stays between 0.1 and 5 (the most is min-SNR, Hang et al. 2023). Little
-        noise is hard to guess and does not matter much to the picture, yet it would get most of the
-        weight; what stands where is decided at high noise, which would get almost none.
+        ratio. Here this weight stays between 0.1 and 5 (the most is min-SNR, Hang et al. 2023).
+        Otherwise low noise, which hardly matters to the picture, would get most of the weight, and
+        high noise, at which it is decided what stands where, would get almost none.
         """
         x_t = self.q_sample(x_0, t, eps)
         x_0_hat, eps_hat = self.x_0_and_eps(f(x_t, t).float(), x_t, t)
@@ -119,7 +119,7 @@ class Diffusion(nn.Module):
                 eps = (x_t - math.sqrt(ab_t) * x_0) / math.sqrt(1 - ab_t)
             if trace:
                 trace(t, x_t, x_0)
-            # Of the noise that belongs to time s, `fresh` is new, the rest points where eps does.
+            # Of the noise that belongs to time s, a part of std `fresh` is new, the rest is eps.
             fresh = eta * math.sqrt((1 - ab_s) / (1 - ab_t) * (1 - ab_t / ab_s))
             x_t = math.sqrt(ab_s) * x_0 + math.sqrt(max(1 - ab_s - fresh ** 2, 0)) * eps
             if fresh > 0:
@@ -135,8 +135,8 @@ class Diffusion(nn.Module):
 
             x_s = cos δ · x_t − sin δ · v(x_t, t)        so        x_t = (x_s + sin δ · v) / cos δ
 
-        The v on the right belongs to the x_t that is sought. So x_t is a fixed point: start from
-        x_s, and put the result in again. One iteration is the usual, less exact, inversion.
+        The v on the right belongs to the x_t that is sought. So it is found by iteration: x_s is a
+        first guess of x_t, and each right side a better one. The usual inversion stops after one.
         """
         if steps < 2:
             raise ValueError(f"{steps} steps invert nothing: choose 2 or more")

@@ -7,7 +7,7 @@ Each experiment is a function of a Bench that returns the rows of a table. Its d
 it asks, and stands above the table in results/README.md. A tensor in a row is one measurement for
 each picture. The table has its mean (of bools: the share of what is true), with a 95 % interval.
 
-This is the last chapter.
+Next chapter: checkpoints.py, the last.
 """
 
 import inspect
@@ -144,7 +144,7 @@ def noun(colour, shape):
 def conditions(bench, captions):
     """Pictures of the captions by what the decoder is given: yields (name, pictures).
 
-    Only the first two rows and the priors' are of all captions, the others of the first quarter.
+    Renders and the priors' guided pictures are of all captions, the others of the first quarter.
     """
     N, renders = len(captions), bench.renders(captions)
     few = captions[:(N + 3) // 4]
@@ -567,8 +567,8 @@ def edit(bench):
 def pca(bench):
     """What do the first principal axes of z_i hold? (Sec. 4, Fig. 7.)
 
-    z_i of validation renders on its first k axes, decoded from one noise. With no axes it is the
-    mean z_i. The paper finds the coarse meaning first, and details later."""
+    z_i of validation renders on its first k axes, and the mean on the others, decoded from one
+    noise. The paper finds the coarse meaning first, and details later."""
     (images, labels), _ = renders_and_others(bench, bench.most(200), alone=False)
     one, mean, z_i = labels["count"] == 1, bench.unclip.clip.mean, bench.encode(images)
     noise, variances = bench.one_noise(len(images)), (z_i - mean).square().mean(0)
@@ -581,8 +581,8 @@ def pca(bench):
     rows, shown = decoded(bench, [
         ({"axes": k, "variance %": (variances[:k].sum() / variances.sum()).item()},
          torch.cat([z_i[:, :k], mean[k:].expand(len(z_i), -1)], 1), noise, {})
-        for k in [0] + [2 ** j for j in range(len(variances).bit_length())]], measure)
-    bench.strips("pca", (*shown[1:], images), "1, 2, 4, … axes, and the render.")
+        for k in (2 ** j for j in range(len(variances).bit_length()))], measure)
+    bench.strips("pca", (*shown, images), "1, 2, 4, … axes, and the render.")
     return rows
 
 
@@ -629,7 +629,7 @@ def cifar10(bench):
 def overfit(bench):
     """Can a run on few pictures give them back from their z_i alone?
 
-    Own closest: of how many results the closest of all these pictures is the one that z_i is of."""
+    Own closest: the share of results whose closest picture is their own."""
     images = load(bench.unclip.clip.trained["data"], "train", limit=bench.most(100),
                   data_dir=bench.data_dir).images
     N = len(images)

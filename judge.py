@@ -1,8 +1,8 @@
 """Who says what is right: judges that read pictures, and every measure of evaluate.py.
 
-What unCLIP draws is read by a small convolutional network. It learnt from real pictures alone, and
-it shares no weight with CLIP: otherwise CLIP would grade its own work. Each measure is a function
-of a few lines, with a case in tests/test_judge.py whose answer is known.
+What unCLIP draws is read by a small convolutional network. It learnt from renders or photos
+alone, and it shares no weight with CLIP: otherwise CLIP would grade its own work. Each measure is
+a function of a few lines, with a case in tests/test_judge.py whose answer is known.
 
 Next chapter: evaluate.py.
 """
@@ -211,8 +211,8 @@ def wilson(right):
 
 
 def ratio(x, to):
-    """x, to (N,) → (N,) numbers with the mean E x / E to, and with that ratio's uncertainty (the
-    delta method): their own 95 % interval is the ratio's."""
+    """x, to (N,) → (N,) numbers whose mean is E x / E to, and the interval of whose mean is that
+    ratio's (the delta method)."""
     r = x.mean() / to.mean()
     return r + (x - r * to) / to.mean()
 

@@ -48,20 +48,21 @@ class DiffusionPrior(nn.Module):
 
     The sequence: [caption tokens | z_t | timestep | noised z_i | a learnt final embedding]. Each
     position sees itself and what stands before it, but no padding. So the final embedding sees
-    all, and the Transformer's output there is the answer. The target is z_i itself, without noise.
+    all, and the output there is the answer, v. The loss compares the z_i that v means with the
+    true z_i, without noise.
     differs from the paper: "encoded text" there; here the tokens are embedded straight into this
     Transformer, which the paper's parameter counts suggest as well.
     """
 
     # The paper scales z_i by 17.2 = 0.5375·√1024, so that a coordinate varies as much as a pixel in
-    # [-1, 1] does, because the noise schedule was made for pixels. Whitened z_i have variance 1.
+    # [-1, 1] does, because the noise schedule was made for pixels. Whitened z_i vary by about 1.
     SCALE = 0.5375
 
     def __init__(self, config):
         super().__init__()
         self.config = c = config
-        # The paper found that comparing x_0, here z_i, is better than comparing eps. power: how z_i
-        # lies along the small axes is decided at times near 0, so more of the times are there.
+        # The paper found that comparing x_0, here z_i, is better than comparing eps. power: more
+        # of a sampler's times are near 0, where the coordinates of small variance are decided.
         self.diffusion = Diffusion(objective="x_0", power=2)
         self.token = nn.Embedding(c.vocab, c.width)
         self.position = nn.Parameter(torch.randn(c.context + 4, c.width) * 0.02)
@@ -90,8 +91,8 @@ class DiffusionPrior(nn.Module):
         return self.out(self.transformer(x, causal_mask(visible))[:, -1])     # (B, D)
 
     def loss(self, z_i, z_t, tokens, generator=None):
-        """‖ẑ_i − z_i‖² for random t, a mean over coordinates, both scaled: a scalar. ẑ_i is the
-        estimate of z_i that the answer v at (z_i_t, t, y) means.
+        """‖ẑ_i − z_i‖² for random t, a mean over coordinates, both scaled: a scalar. ẑ_i is
+        computed from the answer v at (z_i_t, t, y).
 
         z_i (B, D), whitened; z_t (B, D), unit norm; tokens (B, L). A hidden caption hides z_t too.
         """
@@ -107,8 +108,8 @@ class DiffusionPrior(nn.Module):
         """z_t (B, D), tokens (B, L) → z_i (B, D), whitened. noise(): (B, D) standard normal.
 
         The paper found that guiding the prior hurts, so it is unguided by default.
-        differs from the paper: sampled by DDIM, not with Analytic-DPM's variance. DDPM's, in so few
-        steps, would leave samples too much alike.
+        differs from the paper: sampled by DDIM, not with Analytic-DPM's variance. With DDPM's, so
+        few steps would make samples too much alike.
         """
         nulls = torch.zeros_like(z_t), torch.zeros_like(tokens)
         f = guided(self, guidance, (z_t, tokens), nulls)
@@ -170,7 +171,7 @@ class ARPrior(nn.Module):
     we are after? It is the first thing that is drawn: it says how well the picture will fit its
     caption, and the codes after it are drawn given that. In training z_i is known, so the true dot
     is shown. A sampler may draw it from p(dot | y), and then z_i follows p(z_i | y); or from the
-    upper half alone, and then it asks for a good fit. The mask is as above: each position sees
+    upper half alone, and then it asks for a good fit. The mask is the same: each position sees
     itself and what stands before it, and its target is the next symbol.
     """
 
@@ -223,9 +224,9 @@ class ARPrior(nn.Module):
         """z_t (B, D), tokens (B, L) → z_i (B, D), whitened; coordinates without a code are 0, the
         mean. generators: one CPU torch.Generator a row.
 
-        top_half: the dot is drawn from the upper half of its training distribution, as in the
-        paper, but by p(dot | y), since not every caption can be fitted equally well. With False,
-        and temperature 1, z_i follows p(z_i | y).
+        top_half: the dot is drawn from p(dot | y), cut to the upper half of the training values.
+        (The paper draws from that half without y; but not every caption can be fitted equally
+        well.) With False, and temperature 1, z_i follows p(z_i | y).
         """
         symbols = tokens.new_zeros(len(tokens), 0)
         for k in range(1 + self.config.components):

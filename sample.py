@@ -1,11 +1,11 @@
-"""How it is used: prompts become pictures, and given pictures become others.
+"""How unCLIP is used: prompts become pictures, and given pictures become others.
 
     python sample.py "a red cube" "a green cone on top of a blue cylinder" --n 8
     python sample.py "a red cube" --show         # and steps.png: how the first one came about
     python sample.py --edit cube.png --to "a blue cube" --from "a red cube"
 
-What is wrong with a command is found before anything is written. Pictures are written as they are
-drawn. Paths go to stdout, everything else to stderr. Next chapter: shapes.py.
+A wrong command is refused before anything is written. Pictures are written as they are drawn.
+Paths go to stdout, everything else to stderr. Next chapter: shapes.py.
 """
 
 import math
@@ -31,12 +31,12 @@ from unclip import PRIORS, UnCLIP
 BATCH = 4                                    # pictures drawn at a time
 MOST, IN_GRID = 10_000, 1_000                # pictures of one command, and in its grid.png
 DEFAULT = {name: option.default for name, option in signature(Decoder.sample).parameters.items()}
-# Of each task: how many pictures it makes, the fewest it can make, and the flags that it ignores.
-TASKS = {"prompts": (4, 1, ["to", "from", "fixed_noise"]),
-         "reconstruct": (1, 1, ["n", "to", "from", "fixed_noise", "prior", "eta", "show"]),
-         "vary": (8, 1, ["to", "from", "fixed_noise", "prior", "show"]),
-         "interpolate": (7, 2, ["to", "from", "prior", "eta", "show"]),
-         "edit": (7, 2, ["fixed_noise", "prior", "eta", "show"])}
+# Of each task: how many pictures it makes, and the flags that it ignores.
+TASKS = {"prompts": (4, ["to", "from", "fixed_noise"]),
+         "reconstruct": (1, ["n", "to", "from", "fixed_noise", "prior", "eta", "show"]),
+         "vary": (8, ["to", "from", "fixed_noise", "prior", "show"]),
+         "interpolate": (7, ["to", "from", "prior", "eta", "show"]),
+         "edit": (7, ["fixed_noise", "prior", "eta", "show"])}
 
 
 def main(argv=None):
@@ -200,7 +200,7 @@ def understand(args):
     task, base = tasks[0], getattr(args, "from")
     if task == "edit" and args.to is None:
         raise ValueError('--edit: say towards what, as in --to "a blue cube"')
-    ignored = [key for key in TASKS[task][2] if getattr(args, key) is not None]
+    ignored = [key for key in TASKS[task][1] if getattr(args, key) is not None]
     vars(args).update(dict.fromkeys(ignored))
     args.n = TASKS[task][0] if args.n is None else args.n
     args.files = [] if args.prompts else getattr(args, task)
@@ -223,7 +223,7 @@ def check_numbers(args):
 
 
 def check_captions(args, unclip, ignored):
-    """Refuse captions that can't be read; tell of what may not be meant as it is understood."""
+    """Refuse captions that can't be read; note what may not be meant."""
     if args.captions:
         unclip.clip.tokenizer(args.captions)
     for caption in dict.fromkeys(args.captions):

@@ -119,7 +119,7 @@ def train(run):
             state.optimizer.step()
             state.step += 1
             state.update_ema()
-            state.sums += torch.stack([loss.detach(), norm])    # to read them would stop a GPU
+            state.sums += torch.stack([loss.detach(), norm])    # not read: a GPU would wait
             state.seconds = time.monotonic() - began
             bar.update()
             if state.step % math.ceil(r.steps / LOG_ROWS) == 0 or state.step == r.steps:
@@ -136,7 +136,7 @@ def train(run):
 
 
 def check_memory(run, model, pairs):
-    """Refuse a batch that can't fit. What the loss of 16 pictures keeps for its gradient tells."""
+    """Refuse a batch that can't fit. What 16 pictures keep for their gradient tells."""
     kept, g, n = {}, torch.Generator(run.device), run.recipe.batch_size
     have = torch.cuda.mem_get_info(run.device)[1] if run.device.type == "cuda" else MEMORY
 
@@ -191,8 +191,8 @@ def report(run, state, validation, log, bar):
 @torch.no_grad()
 def validate(run, ema, pairs):
     """Columns of the log, as (name, value): the loss, with the same draws and noise each time; and
-    of a decoder, 1,000 times the error of x_0 at five times t, and of the sketch, for each group of
-    pictures."""
+    of a decoder, for each group of pictures, 1,000 times its x_0 error at five t, and its sketch's.
+    """
     g, n = torch.Generator(run.device).manual_seed(0), run.recipe.batch_size
     with autocast(run.device):
         losses = [STAGES[run.stage](ema, pairs.draw(n, g), g)
@@ -244,7 +244,7 @@ def load_pairs(run):
         most = dict(vocab=1024, context=64) if run.args.data == "shapes" else \
             dict(vocab=4096, context=77)             # real captions are longer, with more words
         tokenizer = Tokenizer.learn([y for ys in sets[0].captions for y in ys], **most)
-        if run.given:                                # its weights know the tokens of its own
+        if run.given:                                # its weights need its own tokens
             run.given.tokenizer.words |= tokenizer.words
             tokenizer = run.given.tokenizer
     return [Pairs(d, tokenizer, run.clip, run.device, shift=learns_clip and d is sets[0])
@@ -370,7 +370,12 @@ def build(run, pairs):
         model.fit(run.clip.whiten(z_i), (z_i * z_t).sum(-1))
     elif run.stage == "decoder":
         # differs from the paper: the caption's Transformer starts as CLIP's, which knows the words
-        model.text.load_state_dict(run.clip.text.state_dict())
+        try:
+            model.text.load_state_dict(run.clip.text.state_dict())
+        except RuntimeError:
+            raise ValueError(f"--size {run.args.size}: its decoder starts with CLIP's text tower, "
+                             f"and this CLIP has another size; train one of this size, by --stage "
+                             f"clip") from None
     return model.train()
 
 
@@ -507,11 +512,11 @@ class State:
 
 
 def save(run, state, pairs):
-    """Write the part, and then the state: so the part of the step in the state is always there."""
+    """Write the part, then the state, so that there is never a state without its part."""
     check_finite(run, state)
     part = copy.deepcopy(state.ema)
     part.clip_id, part.tokenizer = state.model.clip_id, state.model.tokenizer
-    if run.stage == "clip":       # what is learnt on this copy will not fit CLIP as it trains on
+    if run.stage == "clip":       # what learns on this copy will not fit a later one
         part.clip_id += f"-{state.step}"
         part.fit_axes(embed_images(part, pairs.images[:AXES_PICTURES]))
     args = {name: getattr(run.args, name) for name in ("data", "size", "limit", "seed")}

@@ -9,8 +9,8 @@ p(x, z_i | y) = p(x | z_i, y) p(z_i | y). A *prior* draws an embedding that fits
 noise that the picture is drawn from, says the rest. With the two, pictures can also be
 reconstructed, varied, interpolated, and edited by their captions (sec. 3).
 
-Reading order: unclip → diffusion → clip_tiny → prior → decoder, which is the paper; then train →
-sample, shapes → data, judge → evaluate, checkpoints.
+Reading order: unclip, diffusion, clip_tiny, prior, decoder, which are the paper; then train,
+sample, shapes, data, judge, evaluate, checkpoints.
 """
 
 from itertools import groupby
@@ -91,14 +91,15 @@ class UnCLIP:
         """Captions (B, L) → z_i (B, D), unit norm, by the prior named; None by "none".
 
         options: of the prior's `sample`; and candidates, how many z_i the diffusion prior draws of
-        each caption. Of these the one with the largest z_i·z_t is kept: the paper's way to get a
-        good fit, with two, where the AR prior is given the dot product to aim at (sec. 2.2).
+        each caption. Of these the one with the largest z_i·z_t is kept. So the paper gets a good
+        fit, from two; its AR prior is told to aim at a large z_i·z_t instead (sec. 2.2).
         """
         if prior == "none":
             return None
         z_t = self.clip.encode_text(tokens)                                      # (B, D)
         if prior == "text":
-            # differs from the paper: of z_t the main axes alone; elsewhere it is unlike any z_i
+            # differs from the paper: z_t along the main axes alone (CLIP.fit_axes). Along the
+            # others it is unlike any z_i.
             return self.clip.unwhiten(self.clip.whiten(z_t) * self.clip.main)
         if prior not in PRIORS:
             raise ValueError(f"unknown prior {prior!r}: choose diffusion, ar, text or none")
@@ -132,13 +133,13 @@ class UnCLIP:
             x[i], Noise(seed, [rows[k] for k in i], shape, "upsampler", self.device)))
 
     def noise(self, seed, rows, stream):
-        """Starting noise for pictures of the decoder's size."""
+        """Noise for pictures of the decoder's size, to start from and to add on the way."""
         size = self.part("decoder").config.image_size
         return Noise(seed, rows, (3, size, size), stream, self.device)
 
     # ---- Manipulating (sec. 3) ---------------------------------------------------------------
-    # Unguided and unclipped, or the inversion would not invert. The caption is hidden: what a
-    # picture shows is in its z_i, and the rest in its x_T.
+    # By default nothing is guided here, and nothing clipped on the way, or a latent would not lead
+    # back to its picture. The caption is hidden: what a picture shows is in its z_i.
 
     @torch.no_grad()
     def latent(self, x, steps=50):
@@ -203,7 +204,7 @@ class UnCLIP:
     def text_diff(self, to, base):
         """B captions to arrive at, and B, or one, to depart from → z_d = norm(z_t − z_t0) (B, D).
 
-        differs from the paper: along the main axes alone; the others would move the solid.
+        differs from the paper: along the main axes alone. Along the others the solid would move.
         """
         z_t, z_t0 = (self.clip.encode_text(self.clip.tokenizer(y).to(self.device))
                      for y in (to, base))
@@ -224,9 +225,9 @@ def in_portions(n, f, batch=4):
 def slerp(a, b, t):
     """Along the great circle from a to b (B, …): t (B,) or a number, 0 is a and 1 is b.
 
-    For unit vectors all results are unit vectors, at equal angles. Tensors of any norm (noise) are
-    weighted alike, with the angle between their directions. Raises ValueError for opposite
-    vectors, between which no way is the shortest.
+    For unit vectors all results are unit vectors, at equal angles. Other tensors
+    (noise) get the same weights, by the angle between their directions. Raises ValueError for
+    opposite vectors, between which no way is the shortest.
     """
     flat_a, flat_b = (F.normalize(v.flatten(1).cpu().double(), dim=1) for v in (a, b))
     omega = (flat_a * flat_b).sum(dim=1).clamp(-1, 1).acos()                     # (B,)

@@ -601,6 +601,10 @@ def test_what_does_not_fit_its_clip_is_refused(call, copied):
     assert status == 2 and len(err) == 1 and "32" in err[0] and "--stage clip" in err[0]
     status, err = call(*argv, "ar-prior", limit=7)
     assert status == 2 and "7 pictures" in err[-1] and "--limit" in err[-1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(train.SIZES["small"]["decoder"], "text_depth", 3)
+        status, err = call(*argv, "decoder")
+    assert status == 2 and "text tower" in err[-1] and "--stage clip" in err[-1]
     os.truncate(copied / "clip.pt", 5000)
     status, err = call(*argv, "prior")
     assert status == 2 and len(err) == 1 and "clip.pt" in err[0]
