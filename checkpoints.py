@@ -112,7 +112,8 @@ def load_part(path, device="cpu", parts=PARTS):
         reason = (str(error) or type(error).__name__).splitlines()[-1].strip()
         raise ValueError(f"{path}: its content does not fit this code ({reason}); train it again, "
                          f"or use another file") from None
-    return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    model.to(device, memory_format=torch.channels_last)      # a CPU convolves so a quarter faster
+    return model.eval().requires_grad_(False)
 
 
 def sound_config(config, values):

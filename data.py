@@ -161,10 +161,12 @@ def fill(images, draw_item, name, bar):
 
 
 def write_json(value):
+    """Lists of strings → a uint8 tensor, because the cache holds tensors alone."""
     return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
 
 
 def read_json(tensor):
+    """The inverse of `write_json`; of an empty tensor it is an empty list."""
     return json.loads(tensor.numpy().tobytes() or "[]")
 
 

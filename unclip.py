@@ -225,9 +225,9 @@ def in_portions(n, f, batch=4):
 def slerp(a, b, t):
     """Along the great circle from a to b (B, …): t (B,) or a number, 0 is a and 1 is b.
 
-    For unit vectors all results are unit vectors, at equal angles. Other tensors
-    (noise) get the same weights, by the angle between their directions. Raises ValueError for
-    opposite vectors, between which no way is the shortest.
+    For unit vectors all results are unit vectors, at equal angles. Other tensors (noise) get the
+    same weights, by the angle between their directions. Raises ValueError for opposite vectors,
+    between which no way is the shortest.
     """
     flat_a, flat_b = (F.normalize(v.flatten(1).cpu().double(), dim=1) for v in (a, b))
     omega = (flat_a * flat_b).sum(dim=1).clamp(-1, 1).acos()                     # (B,)
