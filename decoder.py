@@ -274,7 +274,8 @@ class UpsamplerConfig:
 class Upsampler(nn.Module):
     """A larger picture from a small one (sec. 2.1): convolutions only, no caption, no guidance.
 
-    A convolution does the same at every place, whatever the size of the picture. So it trains on
+    What is to be seen is decided by then: the paper found that a caption does not help here. A
+    convolution does the same at every place, whatever the size of the picture. So it trains on
     crops, half of the side, and is applied to whole pictures; attention would meet more places than
     it was trained on. In training the small picture is slightly corrupted, because what the decoder
     draws is not as clean as a render.

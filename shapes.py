@@ -77,7 +77,7 @@ SIZES = ["small", "large"]
 RELATIONS = ["alone", "left of", "on top of"]    # "right of" is another wording of "left of"
 UNSEEN = {("purple", "cylinder"), ("orange", "sphere"), ("cyan", "cone"), ("gray", "sphere")}
 
-RENDERER_VERSION = 3    # raise it whenever a picture or a caption changes: it names the cache
+RENDERER_VERSION = 4    # raise it whenever a picture or a caption changes: it names the cache
 
 
 @dataclass
@@ -186,7 +186,9 @@ def describe(scene, rng):
             words.insert(0, solid.size)
         nouns.append(("an " if words[0] == "orange" else "a ") + " ".join(words))
     relation = scene.relation
-    if relation == "left of" and rng.random() < 0.5:
+    # One wording is more usual. Were both equally frequent, neither the word nor the order of the
+    # nouns would tell anything alone, and CLIP does not find out what both tell together.
+    if relation == "left of" and rng.random() < 0.25:
         relation, nouns = "right of", nouns[::-1]
     return rng.choice(["", "", "", "a photo of ", "a picture of ", "there is "]) + \
         (nouns[0] if alone else f"{nouns[0]} {relation} {nouns[1]}")

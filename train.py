@@ -40,7 +40,7 @@ import data
 from checkpoints import (PARTS, SHIPPED, Parser, about, check_clip, check_out, find_device,
                          load_part, read_torch, run_command, save_part, say, sound_weights,
                          write_torch)
-from clip_tiny import Tokenizer
+from clip_tiny import Tokenizer, components_needed
 from diffusion import Noise
 from shapes import picture_grid, to_float, to_uint8, write_png
 from unclip import UnCLIP
@@ -349,8 +349,9 @@ def build(run, pairs):
         options["dim"] = run.clip.config.dim
     if run.stage == "ar-prior":
         z_i = pairs.z_i.flatten(0, 1)                                        # (views·N, D)
-        options["components"] = int(run.clip.main.sum())
-        run.say(f"{options['components']} axes hold 99 % of the variance of z_i")
+        variances = run.clip.whiten(z_i).var(0)
+        options["components"] = components_needed(variances)
+        run.say(f"{options['components']} axes hold 99 % of the variance of whitened z_i")
     torch.manual_seed(run.args.seed)
     model = kind(config(**options)).to(run.device, memory_format=torch.channels_last)
     model.tokenizer, model.clip_id = pairs.tokenizer, run.clip and run.clip.clip_id
