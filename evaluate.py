@@ -16,7 +16,7 @@ import sys
 import time
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import product
+from itertools import permutations, product
 from pathlib import Path
 
 import torch
@@ -225,6 +225,31 @@ def two(bench):
              "a red cube left of a blue cube", "a red cube right of a blue cube"]
     y = [caption for caption in asked for _ in range(bench.most(8))]
     bench.figure("two", bench.draw(y, bench.z_i(y)), bench.most(8), f"Rows: {', '.join(asked)}.")
+    return rows
+
+
+def binding(bench):
+    """Whose colour is it? (Sec. 7, Fig. 14 and 15.)
+
+    Captions as "a red cube on top of a blue cube". CLIP: how often is z_i closer to z_t of its
+    caption than to z_t of the caption with the colours exchanged? Drawn of z_i and caption: of the
+    pictures that hold both colours, how many have them in their places? Chance is 50 %."""
+    relations, rows = ["on top of", "left of", "right of"], []
+    pairs = [pair for pair in permutations(COLOURS, 2) for _ in relations]
+    pairs, relations = (x[:bench.most(168)] for x in (pairs, relations * (len(pairs) // 3)))
+    captions, exchanged = ([f"{noun(pair[a], 'cube')} {relation} {noun(pair[1 - a], 'cube')}"
+                            for pair, relation in zip(pairs, relations)] for a in (0, 1))
+    sources = {"renders": bench.encode(bench.renders(captions)),
+               **{f"{name} prior": bench.z_i(captions, name) for name in bench.priors}}
+    for name, z_i in sources.items():
+        near, far = ((z_i * bench.z_t(y)).sum(1).cpu() for y in (captions, exchanged))
+        right = compare(captions, bench.judge.read(bench.draw(captions, z_i)))
+        for relation in dict.fromkeys(relations):
+            k = torch.tensor([other == relation for other in relations])
+            rows.append({"z_i of": name, "relation": relation, "captions": int(k.sum()),
+                         "CLIP: closer to its caption %": (near > far)[k],
+                         "drawn: both colours %": right["colour set"][k],
+                         "of these, in their places %": right["colour"][k & right["colour set"]]})
     return rows
 
 
@@ -646,9 +671,9 @@ def overfit(bench):
 
 # ---- The page and the command --------------------------------------------------------------------
 
-EXPERIMENTS = {"judge": judge_itself, "accuracy": accuracy, "two": two, "form": form_of_solids,
-               "variety": variety, "clip": clip, "codes": codes, "priors": priors,
-               "upsampler": upsampler, "reconstruct": reconstruct, "vary": vary,
+EXPERIMENTS = {"judge": judge_itself, "accuracy": accuracy, "two": two, "binding": binding,
+               "form": form_of_solids, "variety": variety, "clip": clip, "codes": codes,
+               "priors": priors, "upsampler": upsampler, "reconstruct": reconstruct, "vary": vary,
                "interpolate": interpolate, "edit": edit, "pca": pca, "steps": steps,
                "guidance": guidance, "cifar10": cifar10, "overfit": overfit}
 REAL = {"cifar10": {"cifar10"}, "overfit": {"coco", "folder"}}    # on these; the others on shapes

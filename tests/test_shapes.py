@@ -129,6 +129,13 @@ def test_captions_are_true_and_parsed_as_no_more_than_they_say(scenes):
                                        if word in [*COLOURS, *SHAPES, *SIZES])
 
 
+def test_three_quarters_of_the_captions_of_solids_side_by_side_say_left_of(scenes):
+    rng = random.Random(0)
+    said = [describe(scene, rng) for scene in scenes if scene.relation == "left of"]
+    share = sum("left of" in caption for caption in said) / len(said)
+    assert len(said) > 150 and abs(share - 0.75) < 4 * (0.75 * 0.25 / len(said)) ** 0.5
+
+
 def test_a_caption_is_false_of_a_changed_scene():
     caption = "a photo of a small red cube right of a large blue cone"
     truth = labels_of(scenes_for(caption, 1))
