@@ -134,6 +134,9 @@ class Bench:
         self.figure(name, shown.flatten(0, 1), len(frames), caption)
 
 
+WORDS_FOR_TWO = ["on top of", "left of", "right of"]
+
+
 def noun(colour, shape):
     return f"{'an' if colour == 'orange' else 'a'} {colour} {shape}"
 
@@ -210,7 +213,7 @@ def two(bench):
     colours are right, in the wrong places."""
     rng, captions, rows = random.Random(f"two/{bench.seed}"), [], []
     while len(captions) < bench.most(900):
-        relation = rng.choice(["on top of", "left of", "right of"])
+        relation = rng.choice(WORDS_FOR_TWO)
         a, b = (sample_scene(rng, {"relation": "alone"}).solids[0] for _ in range(2))
         if a.colour != b.colour and (relation != "on top of" or b.shape in ("cube", "cylinder")):
             captions.append(f"{noun(a.colour, a.shape)} {relation} {noun(b.colour, b.shape)}")
@@ -234,19 +237,18 @@ def binding(bench):
     Captions as "a red cube on top of a blue cube". CLIP: how often is z_i closer to z_t of its
     caption than to z_t of the caption with the colours exchanged? Drawn of z_i and caption: of the
     pictures that hold both colours, how many have them in their places? Chance is 50 %."""
-    relations, rows = ["on top of", "left of", "right of"], []
-    pairs = [pair for pair in permutations(COLOURS, 2) for _ in relations]
-    pairs, relations = (x[:bench.most(168)] for x in (pairs, relations * (len(pairs) // 3)))
-    captions, exchanged = ([f"{noun(pair[a], 'cube')} {relation} {noun(pair[1 - a], 'cube')}"
-                            for pair, relation in zip(pairs, relations)] for a in (0, 1))
+    asked = [(a, relation, b) for a, b in permutations(COLOURS, 2) for relation in WORDS_FOR_TWO]
+    asked, rows = asked[:bench.most(len(asked))], []
+    captions = [f"{noun(a, 'cube')} {relation} {noun(b, 'cube')}" for a, relation, b in asked]
+    exchanged = [f"{noun(b, 'cube')} {relation} {noun(a, 'cube')}" for a, relation, b in asked]
     sources = {"renders": bench.encode(bench.renders(captions)),
                **{f"{name} prior": bench.z_i(captions, name) for name in bench.priors}}
     for name, z_i in sources.items():
         near, far = ((z_i * bench.z_t(y)).sum(1).cpu() for y in (captions, exchanged))
         right = compare(captions, bench.judge.read(bench.draw(captions, z_i)))
-        for relation in dict.fromkeys(relations):
-            k = torch.tensor([other == relation for other in relations])
-            rows.append({"z_i of": name, "relation": relation, "captions": int(k.sum()),
+        for words in WORDS_FOR_TWO:
+            k = torch.tensor([relation == words for _, relation, _ in asked])
+            rows.append({"z_i of": name, "relation": words, "captions": int(k.sum()),
                          "CLIP: closer to its caption %": (near > far)[k],
                          "drawn: both colours %": right["colour set"][k],
                          "of these, in their places %": right["colour"][k & right["colour set"]]})
@@ -364,8 +366,8 @@ def codes(bench):
 
     Of validation renders, as a share of their variance, by axes and buckets, which come from
     training renders. The paper's rule keeps the fewest axes that lose less than 1 % of the variance
-    of z_i. They lose where solids stand. So the prior has the axes that hold as much of whitened
-    z_i."""
+    of z_i. But where solids stand is in the axes of small variance. So the prior's axes are those
+    that the rule keeps of whitened z_i."""
     train, z_i = (bench.encode(load("shapes", split, limit=bench.most(N)).images)
                   for split, N in (("train", 5000), ("validation", 1000)))
     clip, rows = bench.unclip.clip, []

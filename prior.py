@@ -168,13 +168,15 @@ class ARPrior(nn.Module):
     The sequence: [caption tokens | z_t | dot | code 1 | … | code k]. Code j is coordinate j of z_i
     in buckets. CLIP's axes are its principal axes, so the first codes say most, and k of them are
     enough: those that hold 99 % of the variance.
-    differs from the paper: of whitened z_i, because where solids stand is in the small axes too.
-    The dot is z_i·z_t in buckets. How can a function of z_i be an input, when z_i is what
-    we are after? It is the first thing that is drawn: it says how well the picture will fit its
-    caption, and the codes after it are drawn given that. In training z_i is known, so the true dot
-    is shown. A sampler may draw it from p(dot | y), and then z_i follows p(z_i | y); or from the
-    upper half alone, and then it asks for a good fit. The mask is the same: each position sees
-    itself and what stands before it, and its target is the next symbol.
+
+    The dot is z_i·z_t in buckets. How can a function of z_i be an input, when z_i is what we are
+    after? It is the first thing that is drawn: it says how well the picture will fit its caption,
+    and the codes after it are drawn given that. In training z_i is known, so the true dot is shown.
+    A sampler may draw it from p(dot | y), and then z_i follows p(z_i | y); or from the upper half
+    alone, and then it asks for a good fit. The mask is the same: each position sees itself and what
+    stands before it, and its target is the next symbol.
+    differs from the paper: 99 % of the variance of whitened z_i, not of z_i as it is. Where solids
+    stand is in the axes of small variance.
     """
 
     def __init__(self, config):

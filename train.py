@@ -349,8 +349,7 @@ def build(run, pairs):
         options["dim"] = run.clip.config.dim
     if run.stage == "ar-prior":
         z_i = pairs.z_i.flatten(0, 1)                                        # (views·N, D)
-        variances = run.clip.whiten(z_i).var(0)
-        options["components"] = components_needed(variances)
+        options["components"] = components_needed(run.clip.whiten(z_i).var(0))
         run.say(f"{options['components']} axes hold 99 % of the variance of whitened z_i")
     torch.manual_seed(run.args.seed)
     model = kind(config(**options)).to(run.device, memory_format=torch.channels_last)
