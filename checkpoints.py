@@ -25,6 +25,7 @@ from prior import ARPrior, ARPriorConfig, DiffusionPrior, DiffusionPriorConfig
 PARTS = {"clip": (CLIP, CLIPConfig), "prior": (DiffusionPrior, DiffusionPriorConfig),
          "ar_prior": (ARPrior, ARPriorConfig), "decoder": (Decoder, DecoderConfig),
          "upsampler": (Upsampler, UpsamplerConfig)}
+KINDS = PARTS | {"text_decoder": PARTS["decoder"]}      # the last only for evaluate.py to compare
 SHIPPED = Path(__file__).parent / "weights"
 FORMAT = 2
 
@@ -79,10 +80,10 @@ def save_part(path, part, model, trained, half=False):
     write_torch(path, checkpoint)
 
 
-def load_part(path, device="cpu", parts=PARTS):
+def load_part(path, device="cpu", parts=KINDS):
     """The model in <part>.pt, in eval mode, with .clip_id, .trained (and CLIP's .tokenizer).
 
-    parts: a table like PARTS. Raises ValueError or OSError, in one line that names the file, for
+    parts: a table like KINDS. Raises ValueError or OSError, in one line that names the file, for
     anything that is not a sound checkpoint of that part.
     """
     checkpoint, part = read_torch(path), Path(path).stem

@@ -144,6 +144,12 @@ class DecoderConfig:
     sketch_size: int = 16                # pixels a side of the sketch, see Decoder
     sketch_width: int = 1024             # of the MLP that draws it
     sketch_depth: int = 3                # its hidden layers
+    # How often training hides each condition. Guidance needs a network that can draw without them,
+    # and the manipulations have no caption.
+    # differs from the paper: z_i is hidden in 0.3, there in 0.1 (sec. 2.1). What captions say is
+    # learnt where z_i does not say it already.
+    drop_z_i: float = 0.3                # 1: a text-only decoder, like GLIDE
+    drop_text: float = 0.5
 
 
 class Decoder(nn.Module):
@@ -158,11 +164,6 @@ class Decoder(nn.Module):
     """
 
     Z_I_TOKENS = 4
-    # How often training hides each condition. Guidance needs a network that can draw without them,
-    # and the manipulations have no caption.
-    # differs from the paper: z_i is hidden in 0.3, there in 0.1 (sec. 2.1). What captions say is
-    # learnt where z_i does not say it already.
-    DROP_Z_I, DROP_TEXT = 0.3, 0.5
     # differs from the paper: in training z_i is shown with noise, of 0 to NOISE_Z_I standard
     # deviations. What a prior draws is not as exact as the z_i of a picture. The paper corrupts
     # what its upsamplers are shown, for the same reason.
@@ -186,6 +187,7 @@ class Decoder(nn.Module):
 
     def forward(self, x_t, t, z_i, tokens):
         """The network f: x_t (B, 3, H, W), t (B,), z_i (B, D), tokens (B, L) → v (B, 3, H, W)."""
+        z_i = z_i * (self.config.drop_z_i < 1)       # a text-only decoder never learnt to read it
         z_i, text, text_emb = self.encode_conditions(z_i, tokens)
         emb = self.z_i_emb(z_i) + text_emb                               # (B, width)
         z_i_tokens = self.z_i_tokens(z_i).unflatten(1, (self.Z_I_TOKENS, -1))     # (B, 4, width)
@@ -224,12 +226,12 @@ class Decoder(nn.Module):
         """
         B, device = len(x), x.device
         shown = torch.rand(2, B, 1, device=device, generator=generator)
-        drop_z_i = torch.full((B, 1), 0.5, device=device)
-        drop_z_i[::8] = self.DROP_Z_I
+        drop_z_i = torch.full((B, 1), max(0.5, self.config.drop_z_i), device=device)
+        drop_z_i[::8] = self.config.drop_z_i
         noise = torch.randn(z_i.shape, device=device, generator=generator)
         level = torch.rand(B, 1, device=device, generator=generator)
         z_i = (z_i + self.NOISE_Z_I * level * noise) * (shown[0] >= drop_z_i)
-        tokens = tokens * (shown[1] >= self.DROP_TEXT)
+        tokens = tokens * (shown[1] >= self.config.drop_text)
         z, _, text_emb = self.encode_conditions(z_i, tokens)
         sketch_error = self.sketch_error(x, z, text_emb)
         x_8, z_i, tokens = x[::8], z_i[::8], tokens[::8]

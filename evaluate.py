@@ -19,16 +19,19 @@ from functools import cached_property
 from itertools import permutations, product
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from checkpoints import SHIPPED, Parser, about, check_out, find_device, run_command
+from checkpoints import (SHIPPED, Parser, about, check_clip, check_out, find_device, load_part,
+                         run_command)
 from clip_tiny import components_needed
 from data import CIFAR_CLASSES, class_captions, load
-from judge import (compare, energy_distance, entropy, form, frechet, gradient_energy, load_judge,
-                   psnr, ratio, same, spread, wilson)
+from judge import (compare, energy_distance, entropy, first_guess, form, frechet, gradient_energy,
+                   load_judge, psnr, ratio, same, shares, spread, wilson)
 from prior import Codes
 from shapes import (COLOURS, SHAPES, SIZES, UNSEEN, is_true, item, picture_grid, render,
                     sample_scene, scenes_for, to_float, to_uint8, write_png, write_safely)
@@ -52,6 +55,16 @@ class Bench:
     @cached_property
     def judge(self):
         return load_judge(self.weights, "judge", self.unclip.device)
+
+    @cached_property
+    def text_only(self):
+        """The bench with the text-only decoder, or None if its weights are not there."""
+        path, clip = self.weights / "text_decoder.pt", self.unclip.clip
+        if not path.exists():
+            return None
+        decoder = load_part(path, self.unclip.device)
+        check_clip(decoder, clip, path)
+        return replace(self, unclip=UnCLIP(clip, decoder))
 
     @property
     def priors(self):
@@ -243,13 +256,17 @@ def binding(bench):
     exchanged = [f"{noun(b, 'cube')} {relation} {noun(a, 'cube')}" for a, relation, b in asked]
     sources = {"renders": bench.encode(bench.renders(captions)),
                **{f"{name} prior": bench.z_i(captions, name) for name in bench.priors}}
+    sources |= {"none: text-only decoder": None} if bench.text_only else {}
     for name, z_i in sources.items():
-        near, far = ((z_i * bench.z_t(y)).sum(1).cpu() for y in (captions, exchanged))
-        right = compare(captions, bench.judge.read(bench.draw(captions, z_i)))
+        model = bench.text_only if z_i is None else bench
+        right = compare(captions, bench.judge.read(model.draw(captions, z_i)))
+        if z_i is not None:
+            near, far = ((z_i * bench.z_t(y)).sum(1).cpu() for y in (captions, exchanged))
         for words in WORDS_FOR_TWO:
             k = torch.tensor([relation == words for _, relation, _ in asked])
             rows.append({"z_i of": name, "relation": words, "captions": int(k.sum()),
-                         "CLIP: closer to its caption %": (near > far)[k],
+                         **({} if z_i is None else
+                            {"CLIP: closer to its caption %": (near > far)[k]}),
                          "drawn: both colours %": right["colour set"][k],
                          "of these, in their places %": right["colour"][k & right["colour set"]]})
     return rows
@@ -286,24 +303,66 @@ def reduced(images):
     return to_uint8(F.avg_pool2d(to_float(images), images.shape[-1] // 32))
 
 
-def variety(bench):
-    """Does what "a cube" leaves open vary as in the data? (Sec. 5.1.)
+def diversity(bench):
+    """What does guidance cost? (Sec. 5.3, Fig. 9 to 11.)
 
-    Of the pictures that the judge calls a cube: the entropy of their colours (1: all are equally
-    frequent), how widely they stand, as a ratio to the data, and how many are large."""
-    N, cube, rows = bench.most(256), "a cube", []
-    data = bench.judge.read(bench.renders([cube] * 4 * N, first=N))["position"][:, 0]
-    for name, x in conditions(bench, [cube] * N):
-        seen = bench.judge.read(x)
+    "a cube" leaves open its colour, its place and the floor. unCLIP draws z_i, which holds them,
+    before guidance acts. The text-only decoder learnt from captions alone, and has guidance alone.
+    Entropy: of the colours of what the judge calls a cube; 1: all are equally frequent. Spread: of
+    places and of the floor's tint, as a ratio to renders. Fréchet: the distance, in the judge's
+    features, from four times as many other renders. 32 steps."""
+    N, judge, rows, lines, shown = bench.most(256), bench.judge, [], {}, []
+    captions = ["a cube"] * N
+    data = bench.renders(4 * captions, first=N)
+    features = lambda x: judge.body(bench.floats(x))
+    reference, known = features(data), first_guess(data, judge)
+
+    def measure(x):
+        seen, guess = judge.read(x), first_guess(x, judge)
         k = (seen["count"] == 1) & (seen["shape"][:, 0] == SHAPES.index("cube"))
-        across, down = (seen["position"][k, 0].std(0, correction=0)
-                        / data.std(0, correction=0)).tolist()
-        rows.append({"pictures from": name, "pictures": len(x), "cubes %": k,
-                     "entropy of colour": entropy(seen["colour"][k, 0], len(COLOURS)),
-                     "spread, across": across, "spread, down": down,
-                     "large %": seen["size"][k, 0] == SIZES.index("large")})
-        if name == "diffusion prior":
-            bench.figure("variety", x[:32], 8, "\"a cube\", by the diffusion prior.")
+        wide = lambda some: (spread(guess[k][:, some]) / spread(known[:, some])).sqrt().item()
+        return {"cubes %": k, "entropy of colour": entropy(seen["colour"][k, 0], len(COLOURS)),
+                "spread of places": wide([0, 1]), "spread of floors": wide([6, 7, 8]),
+                "Fréchet distance": frechet(features(x), reference)}
+
+    rows.append({"pictures from": "renders", "pictures": N, **measure(bench.renders(captions))})
+    decoders = {f"{name} prior": (bench, bench.z_i(captions, name)) for name in bench.priors}
+    decoders |= {"text-only decoder": (bench.text_only, None)} if bench.text_only else {}
+    for name, (model, z_i) in decoders.items():
+        for s in (1.0, 1.5, 2.0, 3.0, 4.0, 6.0):
+            x = model.draw(captions, z_i, guidance=s, steps=32)
+            rows.append({"pictures from": name, "guidance": s, "pictures": N, **measure(x)})
+            for key in ("entropy of colour", "spread of places", "Fréchet distance"):
+                lines.setdefault(key, {}).setdefault(name, []).append((s, rows[-1][key]))
+            if s in (1.0, 3.0, 6.0):
+                shown.append(x[:8])
+    bench.figure("diversity", torch.cat(shown), 8, "\"a cube\" at guidance 1, 3 and 6, by "
+                 f"{', '.join(decoders)}.")
+    write_png(bench.out / "guidance.png", line_charts(lines))
+    bench.figures.append(("guidance", "Over the guidance scale."))
+    return rows
+
+
+def twice(bench):
+    """What comes from z_i, and what from the noise? (Sec. 2 and 3.1.)
+
+    "a cube": each of k z_i, by the diffusion prior, is drawn with each of k streams of noise in the
+    decoder. Of the variance of the k² pictures, as the judge reads them: the share of z_i, of the
+    noise, and of both together, where one changes what the other does."""
+    k = bench.most(16)
+    y, judge = ["a cube"] * k, bench.judge
+    x = torch.cat([bench.draw(y, z_i.expand(k, -1)) for z_i in bench.z_i(y)])
+    seen, guess = judge.read(x), first_guess(x, judge)
+    values = {"colour": F.one_hot(seen["colour"][:, 0], len(COLOURS)).float(),
+              "size": seen["size"][:, :1].float(), "place, across": guess[:, :1],
+              "place, down": guess[:, 1:2], "floor": guess[:, 6:], "all pixels": x.flatten(1) / 255}
+    rows = []
+    for name, value in values.items():
+        by = shares(value.unflatten(0, (k, k)))
+        rows.append({"variance of": name, "pictures": k * k, "by z_i %": by[0], "by noise %": by[1],
+                     "by both together %": by[2]})
+    bench.figure("twice", x.unflatten(0, (k, k))[:4, :4].flatten(0, 1), min(k, 4),
+                 "A row has one z_i, a column has one noise.")
     return rows
 
 
@@ -311,28 +370,14 @@ def steps(bench):
     """How many, and how much fresh noise in each? (Sec. 2.1: 250 steps, eta 1.)
 
     Cubes, as "a red cube", on another seed than the tables above: this is for choosing."""
-    captions = [noun(colour, "cube") for colour in COLOURS] * bench.most(8)
-    return choices(bench, captions, [{"eta": eta, "steps": n} for eta in (1.0, 0.0)
-                                     for n in (8, 16, 32, 64, 128, 250)])
-
-
-def guidance(bench):
-    """How much? (Sec. 2.1 and 5.3.)
-
-    One solid, of every pair, on another seed than the tables above: this is for choosing."""
-    captions = [noun(colour, shape) for shape in SHAPES for colour in COLOURS] * bench.most(8)
-    return choices(bench, captions, [{"guidance": s} for s in (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0)])
-
-
-def choices(bench, captions, options):
-    """A row for each of the decoder's options: how many pictures are right, and their seconds."""
-    bench, rows = replace(bench, seed=bench.seed + 1), []
+    captions, rows = [noun(colour, "cube") for colour in COLOURS] * bench.most(8), []
+    bench = replace(bench, seed=bench.seed + 1)
     z_i = bench.z_i(captions)
-    for how in options:
+    for eta, n in product((1.0, 0.0), (4, 8, 16, 32, 64, 128, 250)):
         began = time.time()
-        x = bench.draw(captions, z_i, **how)
+        x = bench.draw(captions, z_i, eta=eta, steps=n)
         seconds = (time.time() - began) / len(x)
-        rows.append({**how, "pictures": len(x), "seconds a picture": seconds,
+        rows.append({"eta": eta, "steps": n, "pictures": len(x), "seconds a picture": seconds,
                      "right %": compare(captions, bench.judge.read(x))["all"]})
     return rows
 
@@ -671,13 +716,43 @@ def overfit(bench):
              "to another": each.roll(1, 1).diagonal().median().item()}]
 
 
+# ---- Charts --------------------------------------------------------------------------------------
+
+LINE_COLOURS = "#c0392b", "#2471a3", "#1e8449", "#7d3c98"
+
+
+def line_charts(charts, side=272):
+    """{what y is: {name of a line: [(x, y), …]}} → one chart each, side by side, as uint8
+    (3, side, side · charts). Axes are labelled where they begin and end."""
+    sheet = Image.new("RGB", (side * len(charts), side), "white")
+    draw, left, right, top, bottom = ImageDraw.Draw(sheet), 40, 12, 24 + 14 * 3, 24
+    for k, (title, lines) in enumerate(charts.items()):
+        points = [point for line in lines.values() for point in line]
+        x_0, x_1 = min(x for x, _ in points), max(x for x, _ in points)
+        y_1 = max(1e-9, *(y for _, y in points))                                 # from 0 upwards
+        place = lambda x, y: (
+            k * side + left + (x - x_0) / max(1e-9, x_1 - x_0) * (side - left - right),
+            side - bottom - max(y, 0) / y_1 * (side - top - bottom))
+        draw.text((k * side + left, 6), title, "black")
+        draw.line([place(x_0, y_1), place(x_0, 0), place(x_1, 0)], "black")
+        for text, (x, y), anchor in ((f"{y_1:.3g}", place(x_0, y_1), "rm"),
+                                     ("0", place(x_0, 0), "rm"), (f"{x_0:g}", place(x_0, 0), "mt"),
+                                     (f"{x_1:g}", place(x_1, 0), "mt")):
+            dx, dy = (-4, 0) if anchor == "rm" else (0, 6)
+            draw.text((x + dx, y + dy), text, "black", anchor=anchor)
+        for j, ((name, line), colour) in enumerate(zip(lines.items(), LINE_COLOURS)):
+            draw.line([place(*point) for point in line], colour, width=2)
+            draw.text((k * side + left + 8, 22 + 14 * j), name, colour)
+    return torch.from_numpy(np.array(sheet)).permute(2, 0, 1)
+
+
 # ---- The page and the command --------------------------------------------------------------------
 
 EXPERIMENTS = {"judge": judge_itself, "accuracy": accuracy, "two": two, "binding": binding,
-               "form": form_of_solids, "variety": variety, "clip": clip, "codes": codes,
-               "priors": priors, "upsampler": upsampler, "reconstruct": reconstruct, "vary": vary,
-               "interpolate": interpolate, "edit": edit, "pca": pca, "steps": steps,
-               "guidance": guidance, "cifar10": cifar10, "overfit": overfit}
+               "form": form_of_solids, "diversity": diversity, "twice": twice, "clip": clip,
+               "codes": codes, "priors": priors, "upsampler": upsampler, "reconstruct": reconstruct,
+               "vary": vary, "interpolate": interpolate, "edit": edit, "pca": pca, "steps": steps,
+               "cifar10": cifar10, "overfit": overfit}
 REAL = {"cifar10": {"cifar10"}, "overfit": {"coco", "folder"}}    # on these; the others on shapes
 HEAD = """# Results
 

@@ -239,6 +239,18 @@ def spread(x):
     return x.var(dim=-2).sum(-1)
 
 
+def shares(x):
+    """Two causes, with k levels each: x (k, k, n) has a row for each level of the first, a column
+    for each of the second → the shares of the variance that are due to the first, to the second,
+    and to both together, without bias (two-way analysis of variance)."""
+    k, mean = len(x), x.mean((0, 1))
+    first, second = x.mean(1) - mean, x.mean(0) - mean                           # (k, n) each
+    both = (x - mean - first[:, None] - second).square().sum() / (k - 1) ** 2
+    one = lambda effect: (effect.square().sum() / (k - 1) - both / k).clamp(min=0)
+    parts = torch.stack([one(first), one(second), both])
+    return (parts / parts.sum()).tolist()
+
+
 def energy_distance(x, y):
     """2E|X-Y| - E|X-X'| - E|Y-Y'| of samples x (…, n, D), y (…, m, D) → (…,), without bias.
 

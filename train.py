@@ -37,7 +37,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
-from checkpoints import (PARTS, SHIPPED, Parser, about, check_clip, check_out, find_device,
+from checkpoints import (KINDS, SHIPPED, Parser, about, check_clip, check_out, find_device,
                          load_part, read_torch, run_command, save_part, say, sound_weights,
                          write_torch)
 from clip_tiny import Tokenizer, components_needed
@@ -71,6 +71,9 @@ SIZES = {
              "ar-prior": dict(width=256),
              "decoder": dict(channels=(64, 128, 192), blocks=(2, 2, 2), width=256, text_depth=6),
              "upsampler": dict(channels=(64, 128, 192), blocks=(1, 2, 2), width=256)}}
+
+# GLIDE in miniature, from captions alone: evaluate.py compares it with unCLIP (sec. 5.3).
+TEXT_ONLY = dict(drop_z_i=1.0, drop_text=0.1)
 
 # The loss of each stage, on a batch b as Pairs.batch makes it, with random numbers by g.
 STAGES = {
@@ -218,8 +221,9 @@ def picture_to_watch(run, model, pairs):
     if run.stage == "upsampler":                     # of small ones: enlarged, and upsampled
         low = F.avg_pool2d(to_float(true), model.config.factor)
         drawn = [model.enlarge(low), model.sample(low, noise)]
-    elif run.stage == "decoder":                     # of their z_i alone
-        drawn = [model.sample(run.clip.whiten(pairs.z_i[0, :8]), None, noise, **quickly)]
+    elif run.stage == "decoder":                     # of their z_i alone, or captions alone
+        tokens = pairs.tokens[pairs.row[:8, 0]] if run.args.text_only else None
+        drawn = [model.sample(run.clip.whiten(pairs.z_i[0, :8]), tokens, noise, **quickly)]
     elif run.clip and run.decoder:                   # of their captions
         unclip, tokens = UnCLIP(run.clip, run.decoder), pairs.tokens[pairs.row[:8, 0]]
         unclip.parts[run.part], kind = model, "ar" if run.part == "ar_prior" else "diffusion"
@@ -340,13 +344,15 @@ def shifted(x, generator, most=4):
 
 def build(run, pairs):
     """The part as training starts: random, a function of the seed alone, or as --init has it."""
-    (kind, config), options = PARTS[run.part], dict(SIZES[run.args.size][run.stage])
+    (kind, config), options = KINDS[run.part], dict(SIZES[run.args.size][run.stage])
     if run.stage in ("clip", "decoder"):
         options["image_size"] = run.image_size
     if run.stage != "upsampler":
         options |= {"vocab": pairs.tokenizer.vocab, "context": pairs.tokenizer.context}
     if run.clip:
         options["dim"] = run.clip.config.dim
+    if run.args.text_only:
+        options |= TEXT_ONLY
     if run.stage == "ar-prior":
         z_i = pairs.z_i.flatten(0, 1)                                        # (views·N, D)
         options["components"] = components_needed(run.clip.whiten(z_i).var(0))
@@ -385,7 +391,8 @@ class Run:
     """One stage's settings and files. To make one checks all that can be checked at once."""
 
     def __init__(self, stage, args):
-        self.stage, self.args, self.part = stage, args, stage.replace("-", "_")
+        self.stage, self.args = stage, args
+        self.part = "text_decoder" if args.text_only else stage.replace("-", "_")
         self.device, self.folder = find_device(args.device), Path(args.out or f"runs/{args.data}")
         flags = {name: getattr(args, name) for name in ("steps", "batch_size", "lr")}
         self.recipe = replace(RECIPES[args.size][stage], **{k: v for k, v in flags.items() if v})
@@ -670,6 +677,7 @@ def parse(argv):
         help="cpu, cuda or mps (default: %(default)s)")
     add("--out", help="folder of the run (default: runs/<data>)")
     add("--init", help="folder of weights to begin with")
+    add("--text-only", action="store_true", help="a decoder of captions alone, to compare with")
     add("--restart", action="store_true", help="begin anew where a run was stopped or finished")
     add("--profile", action="store_true", help="train for a few steps, say how fast that was, and "
         "save nothing")
@@ -686,6 +694,8 @@ def check(args):
         value = getattr(args, name)
         if value is not None and not least <= value <= most:                 # nor is nan
             raise ValueError(f"--{name.replace('_', '-')} {value}: choose {least} to {most}")
+    if args.text_only and args.stage != "decoder":
+        raise ValueError(f"--text-only: is for --stage decoder, not {args.stage}")
     if args.init and args.stage == "all":
         raise ValueError(f"--init {args.init}: its parts belong to its own CLIP, not to a new one; "
                          f"choose one --stage")

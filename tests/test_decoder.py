@@ -14,9 +14,9 @@ TOKENS = torch.tensor([[SOT, 5, 6, EOT], [SOT, 7, 8, EOT]])
 X_T, Z_I, OTHER_Z_I = normal(1, 3, 8, 8)(), normal(1, 8, seed=1)(), normal(1, 8, seed=2)()
 
 
-def decoder():
+def decoder(**changes):
     torch.manual_seed(0)
-    return Decoder(DecoderConfig(dim=8, vocab=10, context=8, image_size=8, channels=(16, 32),
+    return Decoder(DecoderConfig(**changes, dim=8, vocab=10, context=8, image_size=8, channels=(16, 32),
                                  blocks=(1, 1), attention=(False, True), width=32, text_depth=1,
                                  sketch_width=64))
 
@@ -101,6 +101,13 @@ def test_training_hides_z_i_3_times_in_10_the_caption_every_other_and_adds_noise
     assert noise.pow(4).mean().item() == pytest.approx(3 * 0.3 ** 4 / 5, rel=0.06)
     counts = t.sub(1).div(100, rounding_mode="floor").bincount() / len(t)
     assert torch.allclose(counts, torch.full((10,), 0.1), atol=0.012)        # 1 to 1000, evenly
+
+
+def test_a_text_only_decoder_has_the_same_weights_and_reads_the_caption_alone():
+    model = shake(decoder(drop_z_i=1.0))
+    assert torch.equal(ask(model, z_i=OTHER_Z_I), ask(model, z_i=0 * Z_I))
+    assert not torch.allclose(ask(model, tokens=TOKENS[1:]), ask(model), atol=1e-5)
+    assert [p.shape for p in model.parameters()] == [p.shape for p in decoder().parameters()]
 
 
 def test_guidance_is_the_null_plus_s_times_the_difference_and_none_is_the_null():

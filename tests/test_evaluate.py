@@ -4,13 +4,14 @@ from functools import partial
 
 import pytest
 import torch
+from PIL import ImageColor
 
 import evaluate
 from checkpoints import load_part, save_part
 from conftest import ROOT
 from data import CIFAR_CLASSES, Dataset, class_captions
 from diffusion import Diffusion
-from evaluate import EXPERIMENTS, main, table
+from evaluate import EXPERIMENTS, LINE_COLOURS, line_charts, main, table
 from judge import Judge, JudgeConfig, form, wilson
 from unclip import UnCLIP
 
@@ -23,7 +24,7 @@ def quick(monkeypatch, tmp_path, request):
     timesteps = Diffusion.timesteps
     monkeypatch.setattr(Diffusion, "timesteps", lambda self, steps: timesteps(self, 2))
     monkeypatch.setattr(evaluate, "form", partial(form, candidates=3, plan=((32, 1),)))
-    if any(f"[{name}]" in request.node.name for name in ("accuracy", "steps", "guidance")):
+    if any(f"[{name}]" in request.node.name for name in ("accuracy", "steps")):
         monkeypatch.setattr(evaluate, "COLOURS", ["red", "purple"])              # fewer pictures
     if "[upsampler]" not in request.node.name:
         monkeypatch.setattr(UnCLIP, "upsample", lambda self, x, *_: x.repeat_interleave(
@@ -34,6 +35,8 @@ def quick(monkeypatch, tmp_path, request):
 @pytest.fixture
 def weights(tiny_weights, tmp_path):
     folder = shutil.copytree(tiny_weights, tmp_path / "weights")
+    decoder = load_part(folder / "decoder.pt")
+    save_part(folder / "text_decoder.pt", "text_decoder", decoder, decoder.trained)
     shutil.copy(ROOT / "weights/shapes/judge.pt", folder)
     return folder
 
@@ -73,6 +76,17 @@ def test_an_experiment_that_runs_again_replaces_its_own_section_alone(quick, wei
     page = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert page.count("## clip: ") == page.count("## judge: ") == 1 and "--n 6" in page
     assert page.index("## judge") < page.index("## clip")
+
+
+def test_a_chart_has_each_line_in_its_colour_rising_where_its_values_rise():
+    rising, falling = [(1, 0.0), (2, 1.0)], [(1, 1.0), (2, 0.0)]
+    chart = line_charts({"y": {"a": rising, "b": falling}, "z": {"a": rising}}, side=200)
+    assert chart.shape == (3, 200, 400) and chart.dtype == torch.uint8
+    for line, colour in zip((rising, falling), LINE_COLOURS):
+        here = (chart == torch.tensor(ImageColor.getrgb(colour)).view(3, 1, 1)).all(0)
+        y, x = here[80:, :200].nonzero().T                                    # below the names
+        slope = ((x - x.float().mean()) * (y - y.float().mean())).sum()
+        assert (slope < 0) == (line == rising)                                # y grows downwards
 
 
 def test_a_table_has_means_with_their_intervals_and_blanks_where_a_row_has_none():

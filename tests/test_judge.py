@@ -11,7 +11,7 @@ import judge as judges
 from checkpoints import SHIPPED
 from judge import (Judge, JudgeConfig, compare, energy_distance, entropy, first_guess, form,
                    frechet, gradient_energy, judge_scenes, load_judge, moved, noisy, psnr, ratio,
-                   same, scene_of, spread, train_judge, wilson)
+                   same, scene_of, shares, spread, train_judge, wilson)
 from shapes import (COLOURS, SHAPES, UNSEEN, item, labels_of, render, scenes_for, to_float,
                     to_uint8)
 
@@ -79,6 +79,17 @@ def test_entropy_of_known_frequencies():
     assert entropy(torch.full((9,), 3), 8) == pytest.approx(0)
     assert entropy(torch.tensor([0, 1] * 4), 8) == pytest.approx(1 / 3)
     assert entropy(torch.tensor([], dtype=torch.long), 8) == 0
+
+
+def test_shares_of_two_causes_are_those_of_the_variances_they_were_made_with():
+    """x_ij = a_i + b_j + c_ij with variances 4, 1 and 0, then 0, 0 and 1, then 4, 1 and 5."""
+    torch.manual_seed(0)
+    a, b, c = torch.randn(60, 1, 50), torch.randn(1, 60, 50), torch.randn(60, 60, 50)
+    first, second = (v.var(dim).sum().item() for v, dim in ((2 * a, 0), (b, 1)))
+    both = first + second
+    assert shares(2 * a + b) == pytest.approx([first / both, second / both, 0], abs=1e-5)
+    assert shares(c) == pytest.approx([0, 0, 1], abs=0.01)
+    assert shares(2 * a + b + math.sqrt(5) * c) == pytest.approx([0.4, 0.1, 0.5], abs=0.02)
 
 
 def test_energy_distance_of_gaussians_is_the_closed_form():

@@ -589,6 +589,17 @@ def test_a_profile_tells_the_speed_of_each_stage_and_saves_nothing(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_text_only_decoder_is_a_part_of_its_own_beside_the_decoder(call, copied, unseen):
+    before = (copied / "decoder.pt").read_bytes()
+    assert call("--stage", "decoder", "--text-only", "--out", copied)[0] == 0
+    model = load_part(copied / "text_decoder.pt")
+    assert (model.config.drop_z_i, model.config.drop_text) == (1, 0.1)
+    assert model.clip_id == load_part(copied / "clip.pt").clip_id
+    assert (copied / "decoder.pt").read_bytes() == before
+    status, err = call("--stage", "prior", "--text-only", "--out", copied)
+    assert status == 2 and len(err) == 1 and "--stage decoder" in err[0]
+
+
 def test_cifar10_has_no_upsampler(call):
     status, err = call("--data", "cifar10", "--stage", "upsampler", "--out", "run")
     assert status == 0 and len(err) == 1 and "left out" in err[0] and not os.path.exists("run")
