@@ -2,7 +2,8 @@
 
 CLIP is two encoders, trained so that a picture and its caption point in the same direction.
 Everything else in unCLIP hangs on its two outputs: z_i = encode_image(x) and z_t =
-encode_text(tokens). After CLIP's own training it is frozen.
+encode_text(tokens). After CLIP's own training it is frozen: if it went on changing, z_i would
+change its meaning under the prior and the decoder.
 
 The Transformer built here also serves both priors and the decoder. Next chapter: prior.py.
 """
@@ -171,7 +172,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
-        for block in self.blocks:          # GPT-2's rule: depth does not widen the sum
+        for block in self.blocks:          # as in GPT-2: the sum does not grow with depth
             for linear in (block.attention.out, block.mlp[2]):
                 nn.init.normal_(linear.weight, std=(2 * depth * width) ** -0.5)
                 nn.init.zeros_(linear.bias)
@@ -185,7 +186,7 @@ class Transformer(nn.Module):
 def causal_mask(visible):
     """visible (B, L) bool → (B, 1, L, L) bool: position i sees the visible positions before it.
 
-    Each position also sees itself, or the softmax over a hidden one would have nothing to weigh.
+    Each also sees itself, because padding that saw nothing would make the softmax divide by zero.
     """
     L, device = visible.shape[1], visible.device
     past = torch.ones(L, L, dtype=torch.bool, device=device).tril()
@@ -206,7 +207,8 @@ class TextEncoder(nn.Module):
         nn.init.normal_(self.token.weight, std=0.02)
 
     def forward(self, tokens):
-        """tokens (B, L) → all outputs (B, L, width), and the one at the text's end (B, width)."""
+        """tokens (B, L) → all outputs (B, L, width), and the one at the text's end (B, width); of a
+        hidden caption, which has no end, the first."""
         x = self.token(tokens) + self.position[:tokens.shape[1]]     # (B, L, width)
         x = self.transformer(x, causal_mask(torch.ones_like(tokens[:1], dtype=torch.bool)))
         end = (tokens == EOT).long().argmax(dim=1)
@@ -235,13 +237,14 @@ class CLIP(nn.Module):
     mean of its outputs, not at a class token.
     """
 
-    FLOOR = 0.03             # see `whiten`
+    LEAST_SHARE = 0.03       # see `whiten`
 
     def __init__(self, config):
         super().__init__()
         self.config = c = config
         # differs from the paper: a ViT cuts its patches by one linear map; here by a few strided
         # convolutions, with which so small a ViT learns far more in the same minutes.
+        # The first `full` of them keep the resolution, each of the others halves it.
         widths, full = [3, *c.stem, c.width], len(c.stem) + 1 - int(math.log2(c.patch))
         stem = []
         for k, (w_in, w_out) in enumerate(zip(widths, widths[1:])):
@@ -301,7 +304,7 @@ class CLIP(nn.Module):
         for projection in (self.image_projection, self.text_projection):
             projection.weight.copy_(axes.to(projection.weight) @ projection.weight)
         self.mean.copy_(axes @ z.mean(0))
-        self.std.copy_((variances + self.FLOOR * variances.mean() + 1e-9).sqrt())
+        self.std.copy_((variances + self.LEAST_SHARE * variances.mean() + 1e-9).sqrt())
         self.main.copy_(torch.arange(len(variances)) < components_needed(variances))
         return variances
 
@@ -310,8 +313,8 @@ class CLIP(nn.Module):
 
         differs from the paper: priors and decoder are shown z_i like this. Where a solid stands is
         in z_i too, but along axes of a hundredth of the variance. A network that is shown plain
-        z_i learns it only after a very long training. Axes below FLOOR, as a share of the mean
-        variance, are mostly noise: they stay small.
+        z_i learns it only after a very long training. Axes with less than LEAST_SHARE of the
+        mean variance are mostly noise: they stay small.
         """
         return (z - self.mean) / self.std
 

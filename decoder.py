@@ -37,7 +37,7 @@ class ResBlock(nn.Module):
 
 class ImageAttention(nn.Module):
     """Every place of a feature map attends to every other, and to the context (GLIDE): keys and
-    values of both are put in one row."""
+    values of both are concatenated."""
 
     def __init__(self, channels, context_width):
         super().__init__()
@@ -61,8 +61,8 @@ class ImageAttention(nn.Module):
         return x + h.transpose(1, 2).reshape(B, C, H, W)
 
 
-class Level(nn.Module):
-    """A ResBlock, and attention after it if the level has any."""
+class UNetBlock(nn.Module):
+    """A ResBlock, and attention after it if its level attends."""
 
     def __init__(self, c_in, c_out, emb_width, context_width):
         super().__init__()
@@ -75,7 +75,7 @@ class Level(nn.Module):
 
 
 class UNet(nn.Module):
-    """The modified ADM/GLIDE network: halve the picture level by level, and back, with shortcuts.
+    """The modified ADM/GLIDE network: halve the picture level by level, and back, with skips.
 
     channels: of each level, the finest first; blocks: ResBlocks of each level, one way;
     attention: for each level, whether it attends (needs context_width).
@@ -93,12 +93,13 @@ class UNet(nn.Module):
         for k, (C, n, attends) in enumerate(levels):
             if k > 0:
                 self.shrink.append(nn.Conv2d(width, C, 3, stride=2, padding=1))
-            self.down.append(nn.ModuleList(Level(C, C, emb_width, attends) for _ in range(n)))
+            self.down.append(nn.ModuleList(UNetBlock(C, C, emb_width, attends) for _ in range(n)))
             width = C
-        self.middle = nn.ModuleList([Level(width, width, emb_width, levels[-1][2]),
-                                     Level(width, width, emb_width, None)])
+        self.middle = nn.ModuleList([UNetBlock(width, width, emb_width, levels[-1][2]),
+                                     UNetBlock(width, width, emb_width, None)])
         for k, (C, n, attends) in reversed(list(enumerate(levels))):
-            self.up.append(nn.ModuleList(Level(2 * C, C, emb_width, attends) for _ in range(n)))
+            self.up.append(nn.ModuleList(UNetBlock(2 * C, C, emb_width, attends)
+                                         for _ in range(n)))
             if k > 0:
                 self.grow.append(nn.Conv2d(C, channels[k - 1], 3, padding=1))
         self.norm = nn.GroupNorm(8, channels[0])
@@ -134,7 +135,7 @@ class DecoderConfig:
     """What the weights depend on."""
     dim: int                             # of z_i
     vocab: int                           # of CLIP's tokenizer
-    context: int                         # most tokens of a caption
+    context: int                         # most tokens of a caption (not what attention reads)
     image_size: int = 32                 # pixels a side
     channels: tuple = (32, 64, 128)      # of each level, the finest first
     blocks: tuple = (1, 1, 2)            # of each level
@@ -278,9 +279,9 @@ class Upsampler(nn.Module):
 
     What is to be seen is decided by then: the paper found that a caption does not help here. A
     convolution does the same at every place, whatever the size of the picture. So it trains on
-    crops, half of the side, and is applied to whole pictures; attention would meet more places than
-    it was trained on. In training the small picture is slightly corrupted, because what the decoder
-    draws is not as clean as a render.
+    crops, half of the side (the paper: a quarter), and is applied to whole pictures; attention
+    would meet more places than it was trained on. In training the small picture is slightly
+    corrupted, because what the decoder draws is not as clean as a render.
     differs from the paper: the UNet's answer is added to the v that belongs to x_0 = the enlarged
     picture. That picture is nearly right, and a network alone would copy it only roughly.
     """
@@ -322,8 +323,12 @@ class Upsampler(nn.Module):
 
 
 def corrupt(low, rand, noise):
-    """Small pictures (B, 3, h, w) in [-1, 1], each somewhere between sharp and blurred, with noise
-    like them times 0 to 0.03 (sec. 2.1). rand(*shape): uniform random numbers."""
+    """Small pictures (B, 3, h, w) in [-1, 1] → each blurred by a random share (sec. 2.1), and with
+    noise of a random std of at most 0.03. noise: standard normal, like low. rand(*shape): uniform
+    random numbers.
+
+    differs from the paper: its first upsampler only blurs, its second corrupts more than this.
+    """
     blurred, level = rand(2, len(low), 1, 1, 1)
     return low.lerp(blur(low), blurred) + 0.03 * level * noise
 

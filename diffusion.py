@@ -1,8 +1,9 @@
 """Noise and its reversal: the one diffusion process of the prior, the decoder and the upsampler.
 
-The paper diffuses embeddings (sec. 2.2) and pixels (sec. 2.1) with the same cosine schedule. This
-file does the same. It knows no network: a model comes in as a function f(x_t, t), and x is any
-tensor whose first axis counts samples, vectors (B, D) as well as images (B, C, H, W).
+The paper diffuses embeddings (sec. 2.2) and pixels (sec. 2.1) with one cosine schedule, only its
+last upsampler with a linear one. So does this file. It knows no network: a model comes in as a
+function f(x_t, t), and x is any tensor whose first axis counts samples, vectors (B, D) as well as
+images (B, C, H, W).
 
 Time runs from 0, the data, to T, pure noise. Adding noise is a rotation. With an angle φ_t that
 grows from 0 to almost 90 degrees,
@@ -19,7 +20,6 @@ import math
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 
 def cosine_alphas_bar(T):
@@ -33,10 +33,10 @@ def cosine_alphas_bar(T):
 class Diffusion(nn.Module):
     """q(x_t | x_0) = N(√ᾱ_t x_0, (1 − ᾱ_t) I), and ways back from x_T to x_0. It has no weights.
 
-    objective: what the loss compares, "eps" (sec. 2.1, as in GLIDE) or "x_0" (sec. 2.2).
+    objective: what the loss compares, "x_0" (sec. 2.2) or "eps" (GLIDE's; sec. 2.1 builds on it).
     differs from the paper: the network always answers v (Salimans & Ho 2022), from which x_0 and
-    eps are computed. With little noise x_0 is almost x_t, with much noise eps is, and a
-    network copies its input only roughly. With v, `x_0_and_eps` does the copying.
+    eps are computed. With little noise x_0 is almost x_t, and with much noise eps is; but a network
+    copies its input only roughly. With v, `x_0_and_eps` copies it, exactly.
     power: a sampler's times are evenly spaced if it is 1, and denser near 0 if it is more.
     """
 
@@ -71,7 +71,7 @@ class Diffusion(nn.Module):
         """f's mean squared error at the steps t (B,) in 1..T, of x_0 or of eps: a scalar.
 
         differs from the paper: the error of eps is the error of x_0 times the signal-to-noise
-        ratio. Here this weight stays between 0.1 and 5 (the most is min-SNR, Hang et al. 2023).
+        ratio. Here this weight stays between 0.1 and 5 (the 5 is min-SNR's, Hang et al. 2023).
         Otherwise low noise, which hardly matters to the picture, would get most of the weight, and
         high noise, at which it is decided what stands where, would get almost none.
         """
@@ -135,8 +135,9 @@ class Diffusion(nn.Module):
 
             x_s = cos δ · x_t − sin δ · v(x_t, t)        so        x_t = (x_s + sin δ · v) / cos δ
 
-        The v on the right belongs to the x_t that is sought. So it is found by iteration: x_s is a
-        first guess of x_t, and each right side a better one. The usual inversion stops after one.
+        The v on the right belongs to the x_t that is sought. So x_t is found by iteration: x_s is
+        the first guess, and each right side is a better one. Once x_t stays the same, the step is
+        undone exactly; three rounds come close. The usual inversion never corrects its guess.
         """
         if steps < 2:
             raise ValueError(f"{steps} steps invert nothing: choose 2 or more")

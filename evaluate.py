@@ -33,7 +33,7 @@ from data import CIFAR_CLASSES, class_captions, load
 from judge import (compare, energy_distance, entropy, first_guess, form, frechet, gradient_energy,
                    load_judge, psnr, ratio, same, shares, spread, wilson)
 from prior import Codes
-from shapes import (COLOURS, SHAPES, SIZES, UNSEEN, is_true, item, picture_grid, render,
+from shapes import (COLOURS, SHAPES, UNSEEN, is_true, item, picture_grid, render,
                     sample_scene, scenes_for, to_float, to_uint8, write_png, write_safely)
 from unclip import PRIORS, UnCLIP, slerp
 
@@ -198,7 +198,7 @@ def accuracy(bench):
 
     How often are colour and shape what was asked for, as the judge sees them? All 32 pairs are
     asked for equally often. Unseen: the four pairs that no training picture holds."""
-    pairs = list(product(SHAPES, COLOURS)) * bench.most(33)
+    pairs = list(product(SHAPES, COLOURS)) * bench.most(32)
     captions, rows = [noun(colour, shape) for shape, colour in pairs], []
     unseen = torch.tensor([(colour, shape) in UNSEEN for shape, colour in pairs])
     cube = torch.tensor([shape == "cube" for shape, _ in pairs])
@@ -248,7 +248,7 @@ def binding(bench):
     """Whose colour is it? (Sec. 7, Fig. 14 and 15.)
 
     Captions as "a red cube on top of a blue cube". CLIP: how often is z_i closer to z_t of its
-    caption than to z_t of the caption with the colours exchanged? Drawn of z_i and caption: of the
+    caption than to z_t of the caption with the colours exchanged? Drawn from both: of the
     pictures that hold both colours, how many have them in their places? Chance is 50 %."""
     asked = [(a, relation, b) for a, b in permutations(COLOURS, 2) for relation in WORDS_FOR_TWO]
     asked, rows = asked[:bench.most(len(asked))], []
@@ -439,7 +439,7 @@ def priors(bench):
     Energy distance: from the renders, as a ratio to that of a point at their mean, the best a
     regressor could do; for z_i as they are, and whitened. Own caption: of how many z_i the closest
     z_t is their caption's. Best of two, and dots from the upper half, are the defaults in drawing:
-    they trade spread for fit, on purpose. The intervals are over captions."""
+    they trade spread for fit, on purpose. Intervals are over captions; of own caption, over z_i."""
     captions = list(dict.fromkeys(item("validation", i)[1][0] for i in range(500)))[:bench.most(30)]
     n, rows = bench.most(128), []
     y, z_t = [y for y in captions for _ in range(n)], bench.z_t(captions)
@@ -566,8 +566,8 @@ def reconstruct(bench):
 def vary(bench):
     """What stays is what z_i holds. (Sec. 3.1, Fig. 3.)
 
-    One of each validation render, at every eta. Kept: the solids are there, each in its colour and
-    shape. The last row is how unrelated renders differ."""
+    One variation of each validation render, at every eta. Kept: the solids are there, each in its
+    colour and shape. The last row is how unrelated renders differ."""
     (images, labels), _ = renders_and_others(bench, bench.most(350), alone=False)
     (z_i, x_T), one, saw = bench.latents(images), labels["count"] == 1, bench.judge.read(images)
 
@@ -757,7 +757,7 @@ REAL = {"cifar10": {"cifar10"}, "overfit": {"coco", "folder"}}    # on these; th
 HEAD = """# Results
 
 Written by `python evaluate.py`; an experiment that runs again replaces its own section. Shares are
-in %. Behind a share stands its 95 % interval (Wilson), behind a mean ± half of its own. Every
+in %. A share is followed by its 95 % interval (Wilson), a mean by ± half of its interval. Every
 picture has noise of its own.
 """
 

@@ -211,8 +211,8 @@ def wilson(right):
 
 
 def ratio(x, to):
-    """x, to (N,) → (N,) numbers whose mean is E x / E to, and the interval of whose mean is that
-    ratio's (the delta method)."""
+    """x, to (N,) → (N,) numbers. Their mean is E x / E to, and its interval is that of this ratio
+    (the delta method)."""
     r = x.mean() / to.mean()
     return r + (x - r * to) / to.mean()
 
@@ -242,7 +242,7 @@ def spread(x):
 def shares(x):
     """Two causes, with k levels each: x (k, k, n) has a row for each level of the first, a column
     for each of the second → the shares of the variance that are due to the first, to the second,
-    and to both together, without bias (two-way analysis of variance)."""
+    and to both together (two-way analysis of variance; none is below 0)."""
     k, mean = len(x), x.mean((0, 1))
     first, second = x.mean(1) - mean, x.mean(0) - mean                           # (k, n) each
     both = (x - mean - first[:, None] - second).square().sum() / (k - 1) ** 2

@@ -23,13 +23,6 @@ from clip_tiny import PAD, Transformer, causal_mask
 from diffusion import Diffusion, guided, timestep_embedding
 
 
-def hide(p, condition, generator=None):
-    """Replace each row of a condition (B, …), with probability p, by zeros, the null."""
-    shape = [len(condition)] + [1] * (condition.dim() - 1)
-    u = torch.rand(shape, device=condition.device, generator=generator)
-    return condition * (u >= p)
-
-
 # ---- The diffusion prior -----------------------------------------------------------------------
 
 @dataclass
@@ -61,8 +54,8 @@ class DiffusionPrior(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = c = config
-        # The paper found that comparing x_0, here z_i, is better than comparing eps. power: more
-        # of a sampler's times are near 0, where the coordinates of small variance are decided.
+        # x_0, here z_i: the paper found this better than comparing eps, and gives no reason.
+        # power=2: more of a sampler's times are near 0, where axes of small variance are decided.
         self.diffusion = Diffusion(objective="x_0", power=2)
         self.token = nn.Embedding(c.vocab, c.width)
         self.position = nn.Parameter(torch.randn(c.context + 4, c.width) * 0.02)
@@ -94,12 +87,13 @@ class DiffusionPrior(nn.Module):
         """‖ẑ_i − z_i‖² for random t, a mean over coordinates, both scaled: a scalar. ẑ_i is
         computed from the answer v at (z_i_t, t, y).
 
-        z_i (B, D), whitened; z_t (B, D), unit norm; tokens (B, L). A hidden caption hides z_t too.
+        z_i (B, D), whitened; z_t (B, D), unit norm; tokens (B, L). Where training hides the caption
+        it hides z_t too, which tells the same.
         """
         B, device = len(z_i), z_i.device
         t = torch.randint(1, self.diffusion.T + 1, (B,), device=device, generator=generator)
         eps = torch.randn(z_i.shape, device=device, generator=generator)
-        shown = hide(self.config.drop_text, torch.ones_like(t), generator)[:, None]
+        shown = torch.rand(B, 1, device=device, generator=generator) >= self.config.drop_text
         f = lambda z_i_t, t: self(z_i_t, t, z_t * shown, tokens * shown)
         return self.diffusion.loss(f, z_i * self.SCALE, t, eps)
 
@@ -124,7 +118,7 @@ class ARPriorConfig:
     dim: int                 # of z_i and z_t
     vocab: int               # of CLIP's tokenizer
     context: int             # most tokens of a caption
-    components: int          # how many coordinates of z_i are drawn, one code each
+    components: int          # coordinates of z_i, one code each; the paper: 319 of 1,024
     buckets: int = 64        # values a code may have; the paper: 1,024
     width: int = 192
     depth: int = 4
@@ -166,8 +160,8 @@ class ARPrior(nn.Module):
     """A causal Transformer that writes z_i down as codes, one after another (sec. 2.2).
 
     The sequence: [caption tokens | z_t | dot | code 1 | … | code k]. Code j is coordinate j of z_i
-    in buckets. CLIP's axes are its principal axes, so the first codes say most, and k of them are
-    enough: those that hold 99 % of the variance.
+    in buckets. CLIP.fit_axes made the axes principal ones, so the first codes say most, and k of
+    them are enough: those that hold 99 % of the variance.
 
     The dot is z_i·z_t in buckets. How can a function of z_i be an input, when z_i is what we are
     after? It is the first thing that is drawn: it says how well the picture will fit its caption,
@@ -219,7 +213,8 @@ class ARPrior(nn.Module):
         """
         codes = self.codes.encode(z_i[:, :self.config.components].float())
         symbols = torch.cat([self.dots.encode(dot[:, None].float()), codes], dim=1)
-        shown = hide(self.config.drop_text, torch.ones_like(tokens[:, :1]), generator)
+        u = torch.rand(len(tokens), 1, device=tokens.device, generator=generator)
+        shown = u >= self.config.drop_text
         logits = self(z_t * shown, tokens * shown, symbols[:, :-1])
         return F.cross_entropy(logits.flatten(0, 1).float(), symbols.flatten())
 
@@ -229,8 +224,9 @@ class ARPrior(nn.Module):
         mean. generators: one CPU torch.Generator a row.
 
         top_half: the dot is drawn from p(dot | y), cut to the upper half of the training values.
-        (The paper draws from that half without y; but not every caption can be fitted equally
-        well.) With False, and temperature 1, z_i follows p(z_i | y).
+        With False, and temperature 1, z_i follows p(z_i | y).
+        differs from the paper: it draws from that half without y; but not every caption can be
+        fitted equally well.
         """
         symbols = tokens.new_zeros(len(tokens), 0)
         for k in range(1 + self.config.components):

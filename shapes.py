@@ -111,8 +111,8 @@ def sample_scene(rng, given=None):
     fixed = given.get("solids") or [{}] * (1 if relation == "alone" else 2)
     solids = []
     for slot, names in enumerate(fixed):
+        carries = relation == "on top of" and slot == 1
         while True:        # draw again if the pair is unseen: the others stay equally likely
-            carries = relation == "on top of" and slot == 1
             shape = names.get("shape") or rng.choice(["cube", "cylinder"] if carries else SHAPES)
             colour = names.get("colour") or rng.choice(list(COLOURS))
             if (colour, shape) not in UNSEEN or {"shape", "colour"} <= names.keys():
@@ -186,8 +186,8 @@ def describe(scene, rng):
             words.insert(0, solid.size)
         nouns.append(("an " if words[0] == "orange" else "a ") + " ".join(words))
     relation = scene.relation
-    # One wording is more usual. Were both equally frequent, neither the word nor the order of the
-    # nouns would tell anything alone, and CLIP does not find out what both tell together.
+    # One wording is more usual. If both were equally frequent, neither the word nor the order of
+    # the nouns would tell anything alone, and CLIP does not learn what both tell together.
     if relation == "left of" and rng.random() < 0.25:
         relation, nouns = "right of", nouns[::-1]
     return rng.choice(["", "", "", "a photo of ", "a picture of ", "there is "]) + \
@@ -312,7 +312,7 @@ AMBIENT, DIFFUSE, SHINE = 0.5, 0.62, 0.35
 
 
 class Renders:
-    """Scenes as a torch data set: each is rendered when it is asked for: uint8 (3, size, size)."""
+    """Scenes as a torch data set. Each is rendered on demand → uint8 (3, size, size)."""
 
     def __init__(self, scenes, size):
         self.scenes, self.size = scenes, size
@@ -442,7 +442,7 @@ def trace(scene, size):
         n[:, here], colour[:, here] = normal_at(s, p[:, here]), s.colour
 
     # Does the point see the light? Start a little above the surface, or it would shade itself.
-    beam, lit = light + spread, met == met
+    beam, lit = light + spread, torch.ones_like(met, dtype=torch.bool)
     for s in solids:
         enter, leave = crossing(s, p + 0.002 * n, beam)
         lit &= ~((enter < leave) & (leave > 0))

@@ -4,8 +4,8 @@
     python train.py --stage prior                # one stage, on the CLIP that is there
     python train.py --data cifar10 --size base   # real pictures, for one GPU
 
-CLIP comes first and is frozen then. Priors and decoder learn on its embeddings, which are computed
-once. For each part, a run leaves in runs/<data>
+CLIP is trained first, and then frozen. Priors and decoder learn on its embeddings, which are
+computed once. For each part, a run leaves in runs/<data>
 
     <part>.pt          its weights: an average over the last steps of training ("EMA")
     <part>.state.pt    all that a stopped run needs; the same command goes on from it
@@ -139,7 +139,7 @@ def train(run):
 
 
 def check_memory(run, model, pairs):
-    """Refuse a batch that can't fit. What 16 pictures keep for their gradient tells."""
+    """Refuse a batch that can't fit. Measured by what 16 pictures keep for the gradient."""
     kept, g, n = {}, torch.Generator(run.device), run.recipe.batch_size
     have = torch.cuda.mem_get_info(run.device)[1] if run.device.type == "cuda" else MEMORY
 
@@ -248,7 +248,7 @@ def load_pairs(run):
         most = dict(vocab=1024, context=64) if run.args.data == "shapes" else \
             dict(vocab=4096, context=77)             # real captions are longer, with more words
         tokenizer = Tokenizer.learn([y for ys in sets[0].captions for y in ys], **most)
-        if run.given:                                # its weights need its own tokens
+        if run.given:                                # --init's weights know its tokens alone
             run.given.tokenizer.words |= tokenizer.words
             tokenizer = run.given.tokenizer
     return [Pairs(d, tokenizer, run.clip, run.device, shift=learns_clip and d is sets[0])

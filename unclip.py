@@ -57,7 +57,7 @@ class UnCLIP:
 
         prior: "diffusion" or "ar"; "text" gives the decoder z_t in place of z_i, "none" the caption
         alone (sec. 5.1 compares them). how: guidance (1 = none), steps and eta of the decoder.
-        Guidance makes a picture fit better. z_i is drawn before, without it, so the pictures of one
+        Guidance makes a picture fit better. z_i is drawn first, unguided, so the pictures of one
         caption stay as different as their z_i are (sec. 5.3).
         Raises ValueError if a part is missing, or a caption is empty or too long.
         """
@@ -73,8 +73,8 @@ class UnCLIP:
     def batches(self, captions, n, batch):
         """The work in portions: tokens (batch, L), each picture's row, and its place in the result.
 
-        Each portion has `batch` rows, the last is filled up. Rounding depends on the shape of a
-        batch, so a picture would otherwise change a little with the number of the others.
+        Each portion has `batch` pictures; the last is filled up with copies. Rounding depends on
+        the shape of a batch. So a picture would otherwise change a little with their number.
         """
         tokens = [self.clip.tokenizer([caption]).to(self.device) for caption in captions]
         work = sorted((tokens[k].shape[1], k, row)
@@ -87,12 +87,12 @@ class UnCLIP:
                        [k * n + row for _, k, row in jobs])
 
     @torch.no_grad()
-    def draw_z_i(self, tokens, seed, rows, prior="diffusion", **options):
+    def draw_z_i(self, tokens, seed, rows, prior="diffusion", candidates=2, **options):
         """Captions (B, L) → z_i (B, D), unit norm, by the prior named; None by "none".
 
-        options: of the prior's `sample`; and candidates, how many z_i the diffusion prior draws of
-        each caption. Of these the one with the largest z_i·z_t is kept. So the paper gets a good
-        fit, from two; its AR prior is told to aim at a large z_i·z_t instead (sec. 2.2).
+        options go to the prior's `sample`. candidates: how many z_i the diffusion prior draws for
+        each caption; the one with the largest z_i·z_t is kept. The paper draws two. Its AR prior
+        needs no choice: a large z_i·z_t is one of its inputs (sec. 2.2).
         """
         if prior == "none":
             return None
@@ -107,7 +107,6 @@ class UnCLIP:
         if prior == "ar":
             generators = Noise(seed, rows, (), "ar prior").generators
             return self.clip.unwhiten(model.sample(z_t, tokens, generators, **options))
-        candidates = options.pop("candidates", 2)
         streams = [f"{row}.{c}" for c in range(candidates) for row in rows]
         noise = Noise(seed, streams, z_t.shape[1:], "prior", self.device)
         y = z_t.repeat(candidates, 1), tokens.repeat(candidates, 1)
@@ -151,7 +150,7 @@ class UnCLIP:
 
     @torch.no_grad()
     def decode(self, z_i, x_T, steps=50, eta=0.0, noise=None, guidance=1.0):
-        """z_i and x_T → pictures. With eta 0, guidance 1 and the same steps, `latent` undone.
+        """z_i and x_T → pictures. With eta 0, guidance 1 and the same steps, it undoes `latent`.
 
         noise: a diffusion.Noise with a row for each picture, needed if eta > 0.
         """
@@ -180,7 +179,7 @@ class UnCLIP:
         random x_T for all.
         """
         t = torch.linspace(0, 1, n)
-        between = lambda a, b: slerp(a.expand(n, *a.shape[1:]), b.expand(n, *b.shape[1:]), t)
+        between = lambda u, v: slerp(u.expand(n, *u.shape[1:]), v.expand(n, *v.shape[1:]), t)
         if fixed_noise:
             z_i = between(self.clip.encode_image(a), self.clip.encode_image(b))
             x_T = self.noise(seed, [0], "decoder")().expand(n, -1, -1, -1)
@@ -216,10 +215,10 @@ class UnCLIP:
 
 
 def in_portions(n, f, batch=4):
-    """f(rows) of the rows 0 … n − 1, `batch` of them at a time, put together. The last portion is
+    """f(indices) of the indices 0 … n − 1, `batch` of them at a time, put together. The last is
     filled up, for the reason that `UnCLIP.batches` gives."""
-    rows = [*range(n), *[n - 1] * (-n % batch)]
-    return torch.cat([f(rows[i:i + batch]) for i in range(0, len(rows), batch)])[:n]
+    indices = [*range(n), *[n - 1] * (-n % batch)]
+    return torch.cat([f(indices[i:i + batch]) for i in range(0, len(indices), batch)])[:n]
 
 
 def slerp(a, b, t):

@@ -234,7 +234,7 @@ def test_whitened_z_i_are_centred_none_is_blown_up_and_unwhiten_undoes_it(turned
     clip, z_i, z_t, variances, _ = turned
     white = clip.whiten(z_i)
     assert white.mean(dim=0).abs().max() < 1e-3
-    expected = variances / (variances + clip.FLOOR * variances.mean())
+    expected = variances / (variances + clip.LEAST_SHARE * variances.mean())
     assert torch.allclose(white.var(dim=0, correction=0).double(), expected, atol=1e-3)
     assert 0.95 < expected[0] < 1 and expected[-1] < 0.6
     assert torch.equal(tiny_clip().whiten(z_i), z_i)                   # before the fit
