@@ -31,7 +31,7 @@ from checkpoints import (SHIPPED, Parser, about, check_clip, check_out, find_dev
 from clip_tiny import components_needed
 from data import CIFAR_CLASSES, class_captions, load
 from judge import (compare, energy_distance, entropy, first_guess, form, frechet, gradient_energy,
-                   load_judge, psnr, ratio, same, shares, spread, wilson)
+                   larger, load_judge, psnr, ratio, same, shares, spread, wilson)
 from prior import Codes
 from shapes import (COLOURS, SHAPES, UNSEEN, is_true, item, picture_grid, render,
                     sample_scene, scenes_for, to_float, to_uint8, write_png, write_safely)
@@ -51,6 +51,7 @@ class Bench:
     n: int | None = None
     data_dir: str | None = None
     figures: list = field(default_factory=list)
+    claims: list = field(default_factory=list)
 
     @cached_property
     def judge(self):
@@ -141,6 +142,13 @@ class Bench:
         write_png(self.out / f"{name}.png", picture_grid(images, columns))
         self.figures.append((name, caption))
 
+    def claim(self, section, says, a, b):
+        """What the paper says; and bools a, b (N,): it holds if a's share is larger, beyond chance.
+        """
+        here = [f"{mean(share)} of {len(share)}" for share in (a, b)]
+        self.claims.append(f"> {section} | {says} | {', '.join(here)} | "
+                           f"{'yes' if larger(a, b) else 'no'}")
+
     def strips(self, name, frames, caption):
         """A figure with a row for each of the first six pictures, and a column for each frame."""
         shown = torch.stack([x[:6] for x in frames], dim=1)
@@ -199,11 +207,12 @@ def accuracy(bench):
     How often are colour and shape what was asked for, as the judge sees them? All 32 pairs are
     asked for equally often. Unseen: the four pairs that no training picture holds."""
     pairs = list(product(SHAPES, COLOURS)) * bench.most(32)
-    captions, rows = [noun(colour, shape) for shape, colour in pairs], []
+    captions, rows, all_right = [noun(colour, shape) for shape, colour in pairs], [], {}
     unseen = torch.tensor([(colour, shape) in UNSEEN for shape, colour in pairs])
     cube = torch.tensor([shape == "cube" for shape, _ in pairs])
     for name, x in conditions(bench, captions):
         right, new = compare(captions[:len(x)], bench.judge.read(x)), unseen[:len(x)]
+        all_right[name] = right["all"]
         rows.append({"pictures from": name, "pictures": len(x), "seen, both %": right["all"][~new],
                      "unseen, both %": right["all"][new],
                      "cubes, both %": right["all"][cube[:len(x)]],
@@ -215,6 +224,11 @@ def accuracy(bench):
             if wrong:
                 bench.figure("mistakes", x[wrong], 8, "Its first mistakes. They should be "
                              f"{', '.join(captions[i] for i in wrong)}.")
+    *_, z_t, nothing = all_right.values()
+    for name in bench.priors:
+        bench.claim("5.1", f"z_i by the {name} prior draw better than z_t in its place",
+                    all_right[f"{name} prior"], z_t)
+    bench.claim("5.1", "z_t in place of z_i draws better than the caption alone", z_t, nothing)
     return rows
 
 
@@ -224,7 +238,7 @@ def two(bench):
     Captions as "a red cube on top of a blue cube", in two colours. All right: both colours and
     shapes in their places, and the relation. Set: the right ones, in whatever place. Swapped: both
     colours are right, in the wrong places."""
-    rng, captions, rows = random.Random(f"two/{bench.seed}"), [], []
+    rng, captions, rows, all_right = random.Random(f"two/{bench.seed}"), [], [], {}
     while len(captions) < bench.most(900):
         relation = rng.choice(WORDS_FOR_TWO)
         a, b = (sample_scene(rng, {"relation": "alone"}).solids[0] for _ in range(2))
@@ -232,6 +246,7 @@ def two(bench):
             captions.append(f"{noun(a.colour, a.shape)} {relation} {noun(b.colour, b.shape)}")
     for name, x in conditions(bench, captions):
         right = compare(captions[:len(x)], bench.judge.read(x))
+        all_right[name] = right["all"]
         rows.append({"pictures from": name, "pictures": len(x), "all right %": right["all"],
                      "colours %": right["colour"], "shapes %": right["shape"],
                      "relation %": right["relation"], "colours, set %": right["colour set"],
@@ -240,6 +255,9 @@ def two(bench):
     asked = ["a red cube on top of a blue cube", "a blue cube on top of a red cube",
              "a red cube left of a blue cube", "a red cube right of a blue cube"]
     y = [caption for caption in asked for _ in range(bench.most(8))]
+    if len(bench.priors) == 2:
+        bench.claim("5.1", "the diffusion prior draws better than the autoregressive prior",
+                    *(all_right[f"{name} prior"] for name in bench.priors))
     bench.figure("two", bench.draw(y, bench.z_i(y)), bench.most(8), f"Rows: {', '.join(asked)}.")
     return rows
 
@@ -257,9 +275,11 @@ def binding(bench):
     sources = {"renders": bench.encode(bench.renders(captions)),
                **{f"{name} prior": bench.z_i(captions, name) for name in bench.priors}}
     sources |= {"none: text-only decoder": None} if bench.text_only else {}
+    bound = {}
     for name, z_i in sources.items():
         model = bench.text_only if z_i is None else bench
         right = compare(captions, bench.judge.read(model.draw(captions, z_i)))
+        bound[name] = right["colour"][right["colour set"]]
         if z_i is not None:
             near, far = ((z_i * bench.z_t(y)).sum(1).cpu() for y in (captions, exchanged))
         for words in WORDS_FOR_TWO:
@@ -269,6 +289,9 @@ def binding(bench):
                             {"CLIP: closer to its caption %": (near > far)[k]}),
                          "drawn: both colours %": right["colour set"][k],
                          "of these, in their places %": right["colour"][k & right["colour set"]]})
+    if bench.text_only:
+        bench.claim("7", "colours are bound to solids better without z_i, as in GLIDE",
+                    bound["none: text-only decoder"], bound["diffusion prior"])
     return rows
 
 
@@ -311,7 +334,7 @@ def diversity(bench):
     Entropy: of the colours of what the judge calls a cube; 1: all are equally frequent. Spread: of
     places and of the floor's tint, as a ratio to renders. Fréchet: the distance, in the judge's
     features, from four times as many other renders. 32 steps."""
-    N, judge, rows, lines, shown = bench.most(256), bench.judge, [], {}, []
+    N, judge, rows, lines, shown, rare = bench.most(256), bench.judge, [], {}, [], {}
     captions = ["a cube"] * N
     data = bench.renders(4 * captions, first=N)
     features = lambda x: judge.body(bench.floats(x))
@@ -336,6 +359,12 @@ def diversity(bench):
                 lines.setdefault(key, {}).setdefault(name, []).append((s, rows[-1][key]))
             if s in (1.0, 3.0, 6.0):
                 shown.append(x[:8])
+        colours = judge.read(x)["colour"][rows[-1]["cubes %"], 0]
+        rare[name] = colours != torch.bincount(colours, minlength=len(COLOURS)).argmax()
+    if bench.text_only:
+        bench.claim("5.3", "guided by 6, unCLIP draws more cubes in another than the most frequent "
+                    "colour than a text-only decoder does", *(rare[name] for name in (
+                        "diffusion prior", "text-only decoder")))
     bench.figure("diversity", torch.cat(shown), 8, "\"a cube\" at guidance 1, 3 and 6, by "
                  f"{', '.join(decoders)}.")
     write_png(bench.out / "guidance.png", line_charts(lines))
@@ -560,6 +589,8 @@ def reconstruct(bench):
             ("the other's z_i, x_T", (bench.encode(others), x_T)))], measure)
     bench.strips("reconstruct", (images, *shown, others),
                  "Render, reconstruction, random x_T, the other's z_i, the other.")
+    bench.claim("3", "what is seen comes from z_i, not x_T: of the other's z_i and the own x_T the "
+                "other is drawn", rows[2]["judged as the other %"], rows[2]["judged as itself %"])
     return rows
 
 
@@ -582,6 +613,9 @@ def vary(bench):
     more = [replace(bench, seed=bench.seed + k).decode(z_i[:6], x_T[:6], eta=1.0)
             for k in range(1, 7)]
     bench.strips("vary", (images, shown[-1], *more), "A render, and variations at eta 1.")
+    bench.claim("3.1", "variations at eta 1 show the solids of their picture more often than "
+                "another render does", *(torch.cat([row[key] for key in row if "kept" in key])
+                                         for row in rows[-2:]))
     return rows
 
 
@@ -635,6 +669,9 @@ def edit(bench):
                                   for base, z_d, theta in ways], measure)
     bench.strips("edit", (images, *shown[:5]), "A render, and θ 0.1 to 0.5 from the present "
                  f"caption, to become {', '.join(to[:6])}.")
+    bench.claim("3.3", "a text diff (θ 0.5) changes what it names more often than another's does",
+                *(torch.cat([row[key] for key in row if "changed" in key])
+                  for row in (rows[4], rows[-1])))
     return rows
 
 
@@ -759,7 +796,12 @@ HEAD = """# Results
 Written by `python evaluate.py`; an experiment that runs again replaces its own section. Shares are
 in %. A share is followed by its 95 % interval (Wilson), a mean by ± half of its interval. Every
 picture has noise of its own.
-"""
+
+What the paper says, and whether it holds here, where the truth is known. It holds if the first
+share is larger than the second by more than chance explains (95 %).
+
+| section | the paper | here, % | holds | experiment |
+| --- | --- | --- | --- | --- |"""
 
 
 def mean(x):
@@ -789,7 +831,7 @@ def table(rows):
 
 def run(name, bench):
     """One experiment: its section of OUT/README.md is replaced, then printed."""
-    began, device, bench.figures = time.time(), bench.unclip.device, []
+    began, device, bench.figures, bench.claims = time.time(), bench.unclip.device, [], []
     rows = EXPERIMENTS[name](bench)
     question, _, answer = inspect.getdoc(EXPERIMENTS[name]).partition("\n\n")
     command = f"python evaluate.py --only {name} --seed {bench.seed}" + \
@@ -798,13 +840,16 @@ def run(name, bench):
     hardware = torch.cuda.get_device_name() if device.type == "cuda" else \
         f"{device.type}, {torch.get_num_threads()} threads"
     section = "\n\n".join([
-        f"{name}: {question}", answer, table(rows),
+        f"{name}: {question}", answer, table(rows), *bench.claims,
         *(f"![{file}]({file}.png)\n\n*{caption}*" for file, caption in bench.figures),
         f"`{command}`: {(time.time() - began) / 60:.1f} minutes on {hardware}."]) + "\n"
     page = bench.out / "README.md"
     old = page.read_text(encoding="utf-8").split("\n## ")[1:] if page.exists() else []
     sections = {text.split(":")[0]: text for text in old} | {name: section}
-    text = "\n## ".join([HEAD] + [sections[key] for key in EXPERIMENTS if key in sections])
+    sections = {key: sections[key] for key in EXPERIMENTS if key in sections}
+    claims = [f"| {line[2:]} | {key} |" for key, text in sections.items()
+              for line in text.splitlines() if line.startswith("> ")]
+    text = "\n## ".join(["\n".join([HEAD, *claims, ""]), *sections.values()])
     write_safely(page, lambda path: path.write_text(text, "utf-8", "backslashreplace"))
     print(f"## {section}", flush=True)
 

@@ -210,6 +210,14 @@ def wilson(right):
     return (middle - half) / (1 + z * z / N), (middle + half) / (1 + z * z / N)
 
 
+def larger(a, b):
+    """bool (N,), bool (M,): is more of a true than of b, by more than the 95 % interval of the
+    difference (Agresti & Caffo 2000: a success and a failure are added to each)?"""
+    shares = [((x.sum() + 1) / (len(x) + 2)).item() for x in (a, b)]
+    variance = sum(p * (1 - p) / (len(x) + 2) for p, x in zip(shares, (a, b)))
+    return shares[0] - shares[1] > 1.96 * math.sqrt(variance)
+
+
 def ratio(x, to):
     """x, to (N,) → (N,) numbers. Their mean is E x / E to, and its interval is that of this ratio
     (the delta method)."""

@@ -15,6 +15,7 @@ from evaluate import EXPERIMENTS, LINE_COLOURS, line_charts, main, table
 from judge import Judge, JudgeConfig, form, wilson
 from unclip import UnCLIP
 
+CLAIMS = "accuracy two binding diversity reconstruct vary edit".split()
 REAL = {"cifar10": "cifar10", "overfit": "folder"}         # on these data; the others on shapes
 
 
@@ -64,6 +65,9 @@ def test_an_experiment_writes_its_section_and_its_figures(name, quick, weights, 
     page = (out / "README.md").read_text(encoding="utf-8")
     assert f"## {name}: " in page and f"--only {name} --seed 0 --n {n}" in page
     assert "minutes on" in page and page[page.index("## "):] in capsys.readouterr().out
+    claims = [line[2:] for line in page.splitlines() if line.startswith("> ")]
+    assert all(f"| {claim} | {name} |" in page[:page.index("## ")] for claim in claims)
+    assert bool(claims) == (name in CLAIMS)
     assert "| nan" not in page and "| inf" not in page
     figures = [line.split("](")[1][:-1] for line in page.splitlines() if line.startswith("![")]
     assert sorted(figures) == sorted(file.name for file in out.glob("*.png"))

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 import judge as judges
 from checkpoints import SHIPPED
 from judge import (Judge, JudgeConfig, compare, energy_distance, entropy, first_guess, form,
-                   frechet, gradient_energy, judge_scenes, load_judge, moved, noisy, psnr, ratio,
-                   same, scene_of, shares, spread, train_judge, wilson)
+                   frechet, gradient_energy, judge_scenes, larger, load_judge, moved, noisy, psnr,
+                   ratio, same, scene_of, shares, spread, train_judge, wilson)
 from shapes import (COLOURS, SHAPES, UNSEEN, item, labels_of, render, scenes_for, to_float,
                     to_uint8)
 
@@ -72,6 +72,15 @@ def test_sharpness_is_0_of_a_plain_picture_and_falls_when_pixels_are_repeated():
     assert gradient_energy(flat(50)).tolist() == [0, 0]
     assert gradient_energy(board).tolist() == pytest.approx([8, 8])    # 2² each way
     assert gradient_energy(large).tolist() == pytest.approx([8 * 31 / 63] * 2)
+
+
+def test_one_share_is_larger_only_if_the_difference_is_more_than_chance():
+    share = lambda right, of: torch.arange(of) < right
+    assert larger(share(90, 100), share(70, 100)) and not larger(share(70, 100), share(90, 100))
+    assert not larger(share(9, 10), share(7, 10)) and not larger(share(50, 100), share(50, 100))
+    torch.manual_seed(0)                   # of equal shares it says so in one of forty
+    said = [larger(*(torch.rand(2, 80) < 0.4)) for _ in range(2000)]
+    assert 0.01 < sum(said) / 2000 < 0.04
 
 
 def test_entropy_of_known_frequencies():
