@@ -355,8 +355,9 @@ def diversity(bench):
         for s in (1.0, 1.5, 2.0, 3.0, 4.0, 6.0):
             x = model.draw(captions, z_i, guidance=s, steps=32)
             rows.append({"pictures from": name, "guidance": s, "pictures": N, **measure(x)})
-            for key in ("entropy of colour", "spread of places", "Fréchet distance"):
-                lines.setdefault(key, {}).setdefault(name, []).append((s, rows[-1][key]))
+            for key in ("cubes %", "entropy of colour", "Fréchet distance"):
+                line = lines.setdefault(key.replace(" %", ", share"), {}).setdefault(name, [])
+                line.append((s, torch.as_tensor(rows[-1][key]).float().mean().item()))
             if s in (1.0, 3.0, 6.0):
                 shown.append(x[:8])
         colours = judge.read(x)["colour"][rows[-1]["cubes %"], 0]
