@@ -349,7 +349,7 @@ def diversity(bench):
                 "Fréchet distance": frechet(features(x), reference)}
 
     rows.append({"pictures from": "renders", "pictures": N, **measure(bench.renders(captions))})
-    decoders = {f"{name} prior": (bench, bench.z_i(captions, name)) for name in bench.priors}
+    decoders = {"diffusion prior": (bench, bench.z_i(captions))}
     decoders |= {"text-only decoder": (bench.text_only, None)} if bench.text_only else {}
     for name, (model, z_i) in decoders.items():
         for s in (1.0, 1.5, 2.0, 3.0, 4.0, 6.0):
