@@ -1,10 +1,17 @@
 """What several tests use."""
+import csv
+import json
+import os
+import pickle
+import signal
 import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))
@@ -31,8 +38,12 @@ def shake(model, by=0.05):
 
 def normal(*shape, seed=0):
     """A function that returns the next standard normal tensor of this shape."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     return lambda: torch.randn(shape, generator=generator)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
 
 
 def learn(model, loss, steps, lr):
@@ -72,7 +83,7 @@ def tiny_parts():
             "prior": DiffusionPrior(DiffusionPriorConfig(16, **text, width=32, depth=1)),
             "ar_prior": ARPrior(ARPriorConfig(16, **text, components=4, buckets=8, width=32,
                                               depth=1)),
-            "decoder": Decoder(DecoderConfig(16, **text, channels=(16, 32), blocks=(1, 1),
+            "decoder": Decoder(DecoderConfig(16, **text, channels=(8, 32), blocks=(1, 1),
                                              attention=(False, True), width=64, text_depth=1,
                                              sketch_width=32)),
             "upsampler": Upsampler(UpsamplerConfig(channels=(8, 8), blocks=(1, 1), width=16))}
@@ -100,6 +111,23 @@ def tiny_weights(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def tiny_unclip(tiny_weights):
+    from unclip import UnCLIP
+
+    return UnCLIP.load(tiny_weights)
+
+
+@pytest.fixture
+def loaded(tiny_unclip, monkeypatch):
+    """Weights in a folder called tiny are not read again: that takes longer than to draw."""
+    from unclip import UnCLIP
+
+    load = UnCLIP.load
+    monkeypatch.setattr(UnCLIP, "load", lambda folder, *device: (
+        tiny_unclip if str(folder) == "tiny" else load(folder, *device)))
+
+
 # ---- train.py on tiny models ---------------------------------------------------------------------
 
 TINY = {"clip": dict(width=64, depth=1, dim=16), "prior": dict(width=32, depth=1),
@@ -107,7 +135,7 @@ TINY = {"clip": dict(width=64, depth=1, dim=16), "prior": dict(width=32, depth=1
         "decoder": dict(channels=(8, 32), blocks=(1, 1), attention=(False, True), width=64,
                         text_depth=1, sketch_width=32),
         "upsampler": dict(channels=(8,), blocks=(1,), width=16)}
-FEW = dict(LARGE_PICTURES=4, VALIDATION_PICTURES=6, VALIDATION_DRAWS=16, LOG_ROWS=3)
+FEW = dict(LARGE_PICTURES=4, VALIDATION_PICTURES=6, VALIDATION_DRAWS=8, LOG_ROWS=3)
 
 
 @contextmanager
@@ -141,6 +169,34 @@ def type_train(*argv, steps=2, limit=24):
                                         "--steps", steps, *argv)])
 
 
+def read(path):
+    return torch.load(path, weights_only=True)
+
+
+def log(path):
+    """The rows of a log, as dicts."""
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def bytes_in(folder):
+    """The bytes of each file of a folder."""
+    return {path: path.read_bytes() for path in folder.iterdir()}
+
+
+def at_step(monkeypatch, step, do):
+    """Do something at the end of a step of training."""
+    import train
+
+    update = train.State.update_ema
+    monkeypatch.setattr(train.State, "update_ema", lambda state: (
+        update(state), state.step == step and do(state)))
+
+
+def interrupt(*_):
+    os.kill(os.getpid(), signal.SIGINT)
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """A folder in which every stage ran, for two steps. Read only; copy it to change it."""
@@ -148,3 +204,56 @@ def trained(tmp_path_factory):
     with tiny_models(tmp_path_factory):
         assert type_train("--out", folder) == 0
     return folder
+
+
+# ---- Data sets in files --------------------------------------------------------------------------
+
+def picture(path, size=(40, 30), colour=(200, 30, 30), mode="RGB", **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).convert(mode).save(path, **options)
+    return path
+
+
+BATCHES = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
+
+
+def batch(i, n=20):
+    pixels = np.random.default_rng(i).integers(0, 256, (n, 3072), dtype=np.uint8)
+    return {b"data": pixels, b"labels": [k % 10 for k in range(n)],
+            b"batch_label": b"a batch" if i else b""}        # pickle writes b"" in another way
+
+
+def write_cifar(root, n=20):
+    """The six files of CIFAR-10, with n random pictures each → their folder."""
+    (folder := root / "cifar-10-batches-py").mkdir(parents=True)
+    for i, name in enumerate(BATCHES):
+        (folder / name).write_bytes(pickle.dumps(batch(i, n), protocol=2))
+    return folder
+
+
+def write_coco(root, n=6, change=None):
+    """n plain pictures of n shades with two captions each; `change` edits the annotations."""
+    for part in ("train2017", "val2017"):
+        table = {"images": [], "annotations": []}
+        for i in range(n):
+            name = f"{i:012d}.jpg"
+            if not (root / part / name).exists():
+                picture(root / part / name, (60 + i, 50), (20 * i, 100, 100))
+            table["images"].append({"id": i, "file_name": name})
+            table["annotations"] += [{"image_id": i, "caption": f" Thing {i},\n no. {j} "}
+                                     for j in range(2)]
+        change and change(table)
+        (root / "annotations").mkdir(exist_ok=True)
+        (root / "annotations" / f"captions_{part}.json").write_text(json.dumps(table))
+    return root
+
+
+def write_metadata(root, n=40, more=b"", words="thing {}".format):
+    """n plain pictures of n shades; every other one has a second caption."""
+    rows = []
+    for i in range(n):
+        picture(root / f"{i}.png", colour=(5 * i, 0, 0))
+        text = words(i) if i % 2 else [words(i), f"ding {i}"]
+        rows.append(json.dumps({"file_name": f"{i}.png", "text": text}))
+    (root / "metadata.jsonl").write_bytes("\n".join(rows).encode() + b"\n" + more)
+    return root

@@ -68,14 +68,6 @@ def test_noised_data_have_the_mean_and_the_spread_of_q_row_by_row():
     assert torch.equal(x_t[0], x_0[0])
 
 
-def test_x_0_and_eps_are_x_t_and_v_turned_back():
-    t, x_0, eps = torch.tensor([1, 100, 500, 999]), normal(4, 6)(), normal(4, 6, seed=1)()
-    x_t = PROCESS.q_sample(x_0, t, eps)
-    cos, sin = PROCESS.rotation(t, x_0)
-    found_x_0, found_eps = PROCESS.x_0_and_eps(cos * eps - sin * x_0, x_t, t)
-    assert torch.allclose(found_x_0, x_0, atol=1e-5) and torch.allclose(found_eps, eps, atol=1e-5)
-
-
 @pytest.mark.parametrize("objective", ["x_0", "eps"])
 def test_the_loss_is_zero_for_the_right_v_and_weighs_an_error_of_v_by_the_objective(objective):
     """An error of 3 in v is one of 3 sin φ in x_0, and of 3 cos φ in eps; the square of the latter
@@ -159,23 +151,19 @@ def conditional(x_t, t, mean):
     return gaussian(mean, torch.tensor(0.5))(x_t, t)
 
 
-def test_guidance_is_the_null_plus_s_times_the_difference_in_one_call():
+def test_guidance_is_the_null_plus_s_times_the_difference_and_so_it_moves_a_gaussian():
+    """∇log p_null^(1−s) p_cond^s of two Gaussians of one width is that of a third, moved along."""
     x_t, t, calls = normal(5, 1)(), torch.arange(1, 6) * 100, []
     mean, null = torch.full((5, 1), 2.0), torch.zeros(5, 1)
     f = lambda x_t, t, mean: calls.append(len(x_t)) or conditional(x_t, t, mean)
     plain, unconditional = conditional(x_t, t, mean), conditional(x_t, t, null)
     for s in (0, 1, 3, -1):
         answer = guided(f, s, (mean,), (null,))(x_t, t)
-        expected = unconditional + s * (plain - unconditional)
-        assert torch.allclose(answer, expected, atol=1e-5), s
-    assert calls == [10, 5, 10, 10]
-
-
-def test_guidance_moves_a_gaussian_by_s_times_the_difference_of_the_means():
-    """∇log p_null^(1−s) p_cond^s of two Gaussians of one width is that of a third, moved along."""
-    s, mean, null = 3, torch.full((4000, 1), 0.4), torch.full((4000, 1), -0.2)
-    x = PROCESS.sample(guided(conditional, s, (mean,), (null,)), normal(4000, 1)(), 100, eta=0.0)
-    assert x.mean().item() == pytest.approx(-0.2 + s * (0.4 + 0.2), abs=0.04)
+        assert torch.allclose(answer, unconditional + s * (plain - unconditional), atol=1e-5), s
+    assert calls == [10, 5, 10, 10]                                  # in one call each
+    mean, null = torch.full((4000, 1), 0.4), torch.full((4000, 1), -0.2)
+    x = PROCESS.sample(guided(conditional, 3, (mean,), (null,)), normal(4000, 1)(), 100, eta=0.0)
+    assert x.mean().item() == pytest.approx(-0.2 + 3 * (0.4 + 0.2), abs=0.04)
     assert x.std().item() == pytest.approx(0.5, rel=0.04)
 
 
@@ -195,15 +183,12 @@ def test_each_iteration_of_the_inversion_adds_one_order_of_accuracy(iterations, 
     assert math.log2(coarse / fine) == pytest.approx(order, abs=0.3)
 
 
-def test_inversion_gives_the_data_back_but_not_with_clipping_other_steps_or_noise():
+def test_inversion_gives_noise_and_the_data_back_but_not_with_clipping_other_steps_or_noise():
     right = error_of_return()
     assert right < 0.002
     assert error_of_return(clip=True) > 5 * right
     assert error_of_return(back=25) > 5 * right
     assert error_of_return(eta=0.5, noise=normal(500, 4)) > 5 * right
-
-
-def test_inverted_data_are_standard_normal():
     x_T = PROCESS.invert(gaussian(), MEAN + STD * normal(2000, 4)(), 200)
     assert x_T.mean(dim=0).abs().max() < 0.1 and (x_T.std(dim=0) - 1).abs().max() < 0.08
 

@@ -1,6 +1,5 @@
 """judge.py: does each measure give the answer that is known, and does a judge learn to read?"""
 import math
-import random
 import shutil
 
 import pytest
@@ -10,8 +9,8 @@ import torch.nn.functional as F
 import judge as judges
 from checkpoints import SHIPPED
 from judge import (Judge, JudgeConfig, compare, energy_distance, entropy, first_guess, form,
-                   frechet, gradient_energy, judge_scenes, larger, load_judge, moved, noisy, psnr,
-                   ratio, same, scene_of, shares, spread, train_judge, wilson)
+                   frechet, gradient_energy, judge_scenes, larger, load_judge, moved, psnr, ratio,
+                   same, scene_of, shares, spread, train_judge, wilson)
 from shapes import (COLOURS, SHAPES, UNSEEN, item, labels_of, render, scenes_for, to_float,
                     to_uint8)
 
@@ -35,13 +34,10 @@ class Oracle:
 
 # ---- Measures ------------------------------------------------------------------------------------
 
-def test_wilsons_interval_is_the_textbooks():
+def test_wilsons_interval_is_the_textbooks_and_holds_the_truth_95_times_in_100():
     """5 of 10: 0.2366 to 0.7634; none of 10: 0 to 0.2775 (Brown, Cai & DasGupta 2001)."""
     assert wilson(torch.arange(10) < 5) == pytest.approx((0.2366, 0.7634), abs=1e-4)
     assert wilson(torch.zeros(10, dtype=bool)) == pytest.approx((0, 0.2775), abs=1e-4)
-
-
-def test_wilsons_interval_holds_the_truth_95_times_in_100():
     torch.manual_seed(0)
     for p in (0.5, 0.9):
         intervals = [wilson(torch.rand(50) < p) for _ in range(1000)]
@@ -61,17 +57,18 @@ def test_a_ratio_is_the_quotient_of_the_means_and_its_interval_holds_the_truth()
     assert hits / 500 == pytest.approx(0.95, abs=0.03)
 
 
-def test_psnr_of_a_known_difference():
+def test_psnr_sharpness_and_entropy_of_what_is_known():
     assert psnr(flat(100), flat(105)).tolist() == pytest.approx([20 * math.log10(51)] * 2)
     assert psnr(flat(7), flat(7)).tolist() == [math.inf] * 2
-
-
-def test_sharpness_is_0_of_a_plain_picture_and_falls_when_pixels_are_repeated():
     board = ((torch.arange(32) + torch.arange(32)[:, None]) % 2 * 255).byte().expand(2, 3, -1, -1)
     large = board.repeat_interleave(2, 2).repeat_interleave(2, 3)      # 31 of 63 steps are edges
     assert gradient_energy(flat(50)).tolist() == [0, 0]
     assert gradient_energy(board).tolist() == pytest.approx([8, 8])    # 2² each way
     assert gradient_energy(large).tolist() == pytest.approx([8 * 31 / 63] * 2)
+    assert entropy(torch.arange(8).repeat(5), 8) == pytest.approx(1)
+    assert entropy(torch.full((9,), 3), 8) == pytest.approx(0)
+    assert entropy(torch.tensor([0, 1] * 4), 8) == pytest.approx(1 / 3)
+    assert entropy(torch.tensor([], dtype=torch.long), 8) == 0
 
 
 def test_one_share_is_larger_only_if_the_difference_is_more_than_chance():
@@ -81,13 +78,6 @@ def test_one_share_is_larger_only_if_the_difference_is_more_than_chance():
     torch.manual_seed(0)                   # of equal shares it says so in one of forty
     said = [larger(*(torch.rand(2, 80) < 0.4)) for _ in range(2000)]
     assert 0.01 < sum(said) / 2000 < 0.04
-
-
-def test_entropy_of_known_frequencies():
-    assert entropy(torch.arange(8).repeat(5), 8) == pytest.approx(1)
-    assert entropy(torch.full((9,), 3), 8) == pytest.approx(0)
-    assert entropy(torch.tensor([0, 1] * 4), 8) == pytest.approx(1 / 3)
-    assert entropy(torch.tensor([], dtype=torch.long), 8) == 0
 
 
 def test_shares_of_two_causes_are_those_of_the_variances_they_were_made_with():
@@ -122,15 +112,6 @@ def test_energy_distance_and_spread_are_unbiased_for_small_samples():
     assert spread(torch.ones(7, 2, 3)).tolist() == [0] * 7
 
 
-def test_energy_distance_sees_spread_as_well_as_the_mean():
-    """A sample of the right law beats the right mean alone, which beats a wrong mean."""
-    torch.manual_seed(0)
-    x, y = torch.randn(2, 500, 8)
-    right, mean, wrong = (energy_distance(x, z).item() for z in (
-        y, torch.zeros(2, 8), torch.ones(2, 8)))
-    assert abs(right) < 0.1 * mean < mean < wrong
-
-
 def test_frechet_distance_is_the_closed_form():
     """0 of the same; of a copy a·x + b it is |(a − 1)μ + b|² + (a − 1)² tr C."""
     torch.manual_seed(0)
@@ -147,22 +128,12 @@ def test_frechet_distance_is_the_closed_form():
 
 # ---- Are the asked solids there? -----------------------------------------------------------------
 
-@pytest.mark.parametrize("captions", [PAIRS, [
-    "a red cube on top of a blue cube", "a green cone left of a gray cube",
-    "a green cone right of a gray cube"]])
-def test_the_truth_is_all_right(captions):
-    scenes = [scenes_for(caption, 1, i)[0] for i, caption in enumerate(captions * 5)]
-    assert all(value.all() for value in compare(captions * 5, labels_of(scenes)).values())
-    assert same(labels_of(scenes), labels_of(scenes)).all()
-
-
-def test_shuffled_pictures_are_right_by_chance():
-    captions = PAIRS * 30
-    scenes = [scenes_for(caption, 1)[0] for caption in PAIRS] * 30
-    random.Random(0).shuffle(scenes)
-    right = compare(captions, labels_of(scenes))
-    for key, chance in ("colour", 1 / 8), ("shape", 1 / 4), ("all", 1 / 32), ("relation", 1):
-        assert right[key].float().mean().item() == pytest.approx(chance, abs=0.05)
+def test_the_truth_is_all_right():
+    captions = 5 * [*PAIRS, "a red cube on top of a blue cube", "a green cone left of a gray cube",
+                    "a green cone right of a gray cube"]
+    labels = labels_of([scenes_for(caption, 1, i)[0] for i, caption in enumerate(captions)])
+    assert all(value.all() for value in compare(captions, labels).values())
+    assert same(labels, labels).all()
 
 
 @pytest.mark.parametrize("asked, drawn, wrong", [
@@ -182,21 +153,6 @@ def test_what_is_wrong_is_told(asked, drawn, wrong):
 
 
 # ---- The judge -----------------------------------------------------------------------------------
-
-@pytest.mark.slow
-def test_a_judge_learns_to_read_renders_but_not_shuffled_labels():
-    """On pictures it has not seen: colours far above 1 in 8, but not if labels are wrong."""
-    scenes, others = judge_scenes(700)[:600], judge_scenes(700)[600:]
-    pictures, labels, truth = render(scenes), labels_of(scenes), labels_of(others)
-    order = torch.randperm(600, generator=torch.Generator().manual_seed(0))
-    right = []
-    for some in labels, {key: value[order] for key, value in labels.items()}:
-        torch.manual_seed(0)
-        judge = train_judge(Judge(JudgeConfig()), pictures, some, noisy, steps=60, batch_size=64)
-        seen = judge.read(render(others))
-        right.append((seen["colour"][:, 0] == truth["colour"][:, 0]).float().mean().item())
-    assert right[0] > 0.35 and right[1] < 0.25
-
 
 def test_a_judge_is_shown_the_unseen_pairs_too():
     pairs = {(s.colour, s.shape) for scene in judge_scenes(400) for s in scene.solids}
@@ -224,26 +180,14 @@ def test_training_teaches_a_classifier_what_the_labels_say(monkeypatch):
                 ).abs() < 0.1
 
 
-def test_a_classifier_has_one_head_and_layers_of_its_own():
-    judge, x = Judge(JudgeConfig(10)).eval(), torch.rand(2, 3, 32, 32)
-    assert judge.body(x).shape == (2, 128) and Judge(JudgeConfig()).eval().body(x).shape == (2, 96)
-    assert {key: out.shape for key, out in judge(x).items()} == {"class": (2, 10)}
-
-
 def test_pictures_are_moved_and_mirrored():
     torch.manual_seed(0)
-    x = torch.rand(8, 3, 8, 8)
+    x = torch.rand(1, 3, 8, 8)
     wide = F.pad(x, (2, 2, 2, 2), mode="replicate")
-    views = {(dy, dx, m): (wide.flip(3) if m else wide)[..., dy:dy + 8, dx:dx + 8]
-             for dy in range(5) for dx in range(5) for m in (0, 1)}
-    found = set()
-    for _ in range(60):
-        drawn = moved(x, 2)
-        here = [key for i in range(8) for key, view in views.items()
-                if torch.equal(drawn[i], view[i])]
-        assert len(here) >= 8                                    # each of the 8 is one of the views
-        found |= set(here)
-    assert len(found) > 40
+    views = {(m.flip(3) if k else m)[0].numpy().tobytes(): (dy, dx, k) for k in (0, 1)
+             for dy in range(5) for dx in range(5) for m in [wide[..., dy:dy + 8, dx:dx + 8]]}
+    found = {views[moved(x, 2)[0].numpy().tobytes()] for _ in range(200)}
+    assert len(views) == 50 and len(found) > 45
 
 
 def test_a_judge_is_trained_once_kept_and_a_wrong_one_refused(tmp_path, tiny_weights, monkeypatch,
@@ -314,7 +258,7 @@ def test_a_sound_solid_has_more_form_than_a_dented_or_another_one():
     cube, another, sphere = render(scenes)
     pictures = torch.stack([cube, another, bitten(cube, scenes[0].solids[0], 5), sphere])
     oracle = Oracle([scenes[0], scenes[1], scenes[0], scenes[2]])
-    decibels, drawn = form(pictures, [("cube", "red")] * 4, oracle, candidates=12, plan=((32, 16),))
+    decibels, drawn = form(pictures, [("cube", "red")] * 4, oracle, candidates=10, plan=((32, 14),))
     assert drawn.shape == pictures.shape
     assert decibels[:2].min() > 18 and decibels[:2].min() > decibels[2:].max() + 3
 

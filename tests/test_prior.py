@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from clip_tiny import EOT, PAD, SOT
-from conftest import learn, normal, shake
+from conftest import learn, normal, seeded, shake
+from judge import energy_distance
 from prior import ARPrior, ARPriorConfig, Codes, DiffusionPrior, DiffusionPriorConfig
 
 D = 4
@@ -38,7 +39,7 @@ def awake(make):
 
 
 def generators(n, seed=0):
-    return [torch.Generator().manual_seed(1000 * seed + k) for k in range(n)]
+    return [seeded(1000 * seed + k) for k in range(n)]
 
 
 def ask(prior, z_t=Z_T[:1], tokens=TOKENS[:1], z_i_t=normal(1, D)(), t=300, symbols=(3, 0, 1)):
@@ -101,8 +102,7 @@ def test_training_hides_z_t_and_the_whole_caption_together_one_time_in_ten(make)
     prior.register_forward_pre_hook(lambda _, inputs: shown.append(
         inputs[2:4] if isinstance(prior, DiffusionPrior) else inputs[:2]))
     dot = [torch.zeros(N)] if isinstance(prior, ARPrior) else []
-    prior.loss(torch.randn(N, D), Z_T[[0] * N], *dot, TOKENS[[0] * N],
-               torch.Generator().manual_seed(0))
+    prior.loss(torch.randn(N, D), Z_T[[0] * N], *dot, TOKENS[[0] * N], seeded())
     z_t, tokens = shown[0]
     hidden = (z_t == 0).all(dim=1)
     assert hidden.float().mean().item() == pytest.approx(0.1, abs=0.02)
@@ -145,9 +145,6 @@ def test_codes_are_equally_full_rise_with_the_value_and_decode_to_the_mean_of_th
     width = edges.diff(dim=0).gather(0, found)
     assert ((codes.decode(found) - values).abs() <= width + 1e-5).all()
     assert codes.encode(torch.tensor([[-99.0] * 3, [99.0] * 3])).tolist() == [[0] * 3, [15] * 3]
-    other = Codes(3, 16)
-    other.load_state_dict(codes.state_dict())            # edges and centres are saved
-    assert torch.equal(other.encode(values), found)
 
 
 # ---- The autoregressive prior --------------------------------------------------------------------
@@ -176,7 +173,7 @@ def test_at_temperature_0_each_code_is_the_likeliest_given_those_before_it():
 
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
 def test_symbols_are_drawn_with_the_softmax_of_their_logits(monkeypatch, temperature):
-    prior, N = ar_prior(components=1), 8000
+    prior, N = ar_prior(components=1), 4000
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -2.0, 0.5, 0.5, -9.0])
     monkeypatch.setattr(prior, "forward", lambda z_t, tokens, symbols:
                         logits.expand(N, symbols.shape[1] + 1, 8))
@@ -209,7 +206,7 @@ def gaussians(y, seed):
 def coins(y, seed):
     """z_i of captions y (N,): coordinate 0 is near +1 with a probability of 80 or 20 %, coordinate
     1 has the same sign in 90 %, the rest is 0."""
-    u = torch.rand(2, len(y), generator=torch.Generator().manual_seed(seed))
+    u = torch.rand(2, len(y), generator=seeded(seed))
     first = torch.where(u[0] < torch.where(y == 0, 0.8, 0.2), 1.0, -1.0)
     second = torch.where(u[1] < 0.9, first, -first)
     z_i = torch.stack([first, second, 0 * first, 0 * first], dim=1)
@@ -218,7 +215,7 @@ def coins(y, seed):
 
 def learnt(prior, law, steps, shuffled=False):
     """Trained on 1,024 pairs of the law; with shuffled, the captions belong to other z_i."""
-    y, generator = torch.arange(1024) % 2, torch.Generator().manual_seed(0)
+    y, generator = torch.arange(1024) % 2, seeded()
     z_i = law(y, seed=1)
     y = y[torch.randperm(1024, generator=generator)] if shuffled else y
     dot = (z_i * Z_T[y]).sum(dim=1)
@@ -230,13 +227,6 @@ def learnt(prior, law, steps, shuffled=False):
         given = [Z_T[y[i]], dot[i]] if isinstance(prior, ARPrior) else [Z_T[y[i]]]
         return prior.loss(z_i[i], *given, TOKENS[y[i]], generator)
     return learn(prior, loss, steps, lr=5e-3)
-
-
-def energy_distance(a, b):
-    """Székely's distance of two sets of vectors: 0 if and only if they follow one law."""
-    a, b = a / SPREAD, b / SPREAD
-    mean = lambda a, b: torch.cdist(a, b).mean()
-    return (2 * mean(a, b) - mean(a, a) - mean(b, b)).item()
 
 
 @pytest.fixture(scope="module")
@@ -255,22 +245,18 @@ def test_the_diffusion_prior_learns_a_conditional_gaussian_better_than_any_regre
         best = CENTRE[y].expand(400, D)                   # the answer of a perfect regressor
         assert ((mine.mean(dim=0) - CENTRE[y]).abs() < 0.3).all()
         assert ((mine.std(dim=0) / SPREAD).log2().abs() < 0.7).all()
-        assert 5 * energy_distance(mine, data) < energy_distance(best, data)
-        assert 2 * energy_distance(mine, data) < energy_distance(one_call[Y == y], data)
+        off, of_best, of_one_call = (energy_distance(a / SPREAD, data / SPREAD).item()
+                                     for a in (mine, best, one_call[Y == y]))
+        assert 5 * off < of_best and 2 * off < of_one_call
 
 
 def test_guidance_0_hides_all_of_the_caption_and_guidance_1_is_the_default(trained):
-    one, other = (draw(trained, y, guidance=0.0) for y in (Y, 1 - Y))
+    y = Y[:200]
+    one, other = (draw(trained, asked, guidance=0.0) for asked in (y, 1 - y))
+    plain = draw(trained, y)
     assert torch.allclose(one, other, atol=1e-4) and one[:, 0].std() > 0.5
-    plain = draw(trained)
-    assert torch.equal(plain, draw(trained, guidance=1.0))
-    assert (plain[Y == 0, 0].mean() - one[Y == 0, 0].mean()).abs() > 0.3
-
-
-def test_control_from_shuffled_captions_the_diffusion_prior_learns_the_law_without_the_caption():
-    z_i = draw(learnt(diffusion_prior(), gaussians, steps=100, shuffled=True))
-    for y in (0, 1):
-        assert z_i[Y == y, 0].mean().abs() < 0.3 and z_i[Y == y, 0].std() > 0.8
+    assert torch.equal(plain, draw(trained, y, guidance=1.0))
+    assert (plain[y == 0, 0].mean() - one[y == 0, 0].mean()).abs() > 0.3
 
 
 @pytest.mark.parametrize("shuffled, expected", [
@@ -278,7 +264,7 @@ def test_control_from_shuffled_captions_the_diffusion_prior_learns_the_law_witho
     (True, [[0.45, 0.05, 0.05, 0.45]] * 2)])
 def test_the_autoregressive_prior_learns_a_discrete_law_but_not_from_shuffled_captions(
         shuffled, expected):
-    prior = learnt(ar_prior(components=2, buckets=4), coins, 150, shuffled)
+    prior = learnt(ar_prior(components=2, buckets=4), coins, 100, shuffled)
     z_i = prior.sample(Z_T[Y], TOKENS[Y], generators(800), top_half=False)
     for y in (0, 1):                                      # (+, +), (+, −), (−, +), (−, −)
         signs = 2 * (z_i[Y == y, 0] < 0) + (z_i[Y == y, 1] < 0)

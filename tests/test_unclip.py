@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from clip_tiny import CLIP
-from conftest import normal, tiny_parts
+from conftest import normal, same_bits, tiny_parts
 from diffusion import Diffusion
 from unclip import UnCLIP, slerp
 
@@ -21,17 +21,8 @@ QUICK = dict(steps=2, guidance=1.0, upsample=False)
 
 
 @pytest.fixture(scope="module")
-def model():
-    return UnCLIP(**tiny_parts())
-
-
-def bits(parts):
-    return [copy.deepcopy(part.state_dict()) for part in parts]
-
-
-def same_bits(parts, before):
-    return all(torch.equal(value, old[name]) for part, old in zip(parts, before)
-               for name, value in part.state_dict().items())
+def model(tiny_unclip):
+    return tiny_unclip
 
 
 # ---- slerp ---------------------------------------------------------------------------------------
@@ -54,10 +45,10 @@ def test_slerp_of_unit_vectors_goes_from_a_to_b_on_the_sphere_by_equal_angles():
 
 
 def test_slerp_of_nearly_equal_vectors_is_straight_and_of_opposite_ones_refused():
-    for distance in (0.0, 1e-8, 1e-6, 1e-4, 1e-2):
+    for distance in (0.0, 1e-6, 1e-2):
         near = F.normalize(A + distance * B, dim=0)
         assert torch.allclose(path(A, near), torch.lerp(A, near, TS[:, None]), atol=1e-4)
-    for distance in (0.0, 1e-8, 1e-5):
+    for distance in (0.0, 1e-5):
         with pytest.raises(ValueError, match="opposite"):
             path(A, F.normalize(-A + distance * B, dim=0))
     almost = path(A, F.normalize(-A + 0.01 * B, dim=0))
@@ -69,15 +60,14 @@ def test_slerp_of_noise_keeps_it_noise():
     a, b = normal(2, 3, 16, 16)()
     way = path(a, b)
     assert torch.allclose(way[0], a, atol=1e-5) and torch.allclose(way[-1], b, atol=1e-5)
-    assert (way.std(dim=(1, 2, 3)) - 1).abs().max() < 0.05
-    assert torch.lerp(a, b, 0.5).std() < 0.8                          # control
+    assert (way.std(dim=(1, 2, 3)) - 1).abs().max() < 0.05 and torch.lerp(a, b, 0.5).std() < 0.8
 
 
 # ---- Drawing -------------------------------------------------------------------------------------
 
 def test_pictures_come_caption_by_caption_at_the_size_of_the_last_stage(model):
-    x = model.generate(PROMPTS[:2], n=1, steps=1)
-    assert x.shape == (2, 3, 128, 128) and -1 <= x.min() and x.max() <= 1
+    x = model.generate(PROMPTS[:1], n=1, steps=1)
+    assert x.shape == (1, 3, 128, 128) and -1 <= x.min() and x.max() <= 1
     small = model.generate(PROMPTS, n=2, **QUICK)
     assert small.shape == (6, 3, 32, 32)
     for k, prompt in enumerate(PROMPTS):                              # of two lengths, not sorted
@@ -88,12 +78,12 @@ def test_pictures_come_caption_by_caption_at_the_size_of_the_last_stage(model):
 @pytest.mark.parametrize("prior", ["diffusion", "ar", "text", "none"])
 def test_a_picture_is_the_same_bytes_however_many_are_drawn_and_in_any_company(model, prior):
     five = model.generate(PROMPTS[0], n=5, prior=prior, **QUICK)
-    assert torch.equal(model.generate(PROMPTS[0], n=3, prior=prior, **QUICK), five[:3])
     company = model.generate([PROMPTS[2], PROMPTS[0]], n=3, prior=prior, **QUICK)
-    assert torch.equal(company[3:6], five[:3])
+    assert torch.equal(company[3:], five[:3])
 
 
-def test_an_upsampled_picture_is_the_same_bytes_too_and_its_noise_is_its_row_s(model):
+def test_variations_and_upsampled_pictures_are_the_same_bytes_too_and_their_noise_is_their_row_s(
+        model):
     small = normal(5, 3, 8, 8)().clamp(-1, 1)
     five = model.upsample(small, 0, range(5))
     for rows in ([0], [4, 1, 2, 3, 0]):
@@ -101,15 +91,11 @@ def test_an_upsampled_picture_is_the_same_bytes_too_and_its_noise_is_its_row_s(m
     assert not torch.allclose(model.upsample(small[:1], 0, [1]), five[:1], atol=1e-2)
     bare = UnCLIP(model.clip)                                         # an upsampler may be missing
     assert torch.equal(bare.upsample(small, 0, range(5)), small)
-
-
-def test_the_seed_and_every_option_matter(model):
-    draw = lambda **how: model.generate(PROMPTS[0], n=1, **{**QUICK, **how})
-    pictures = [draw(), draw(seed=1), draw(guidance=3.0), draw(eta=0.0), draw(steps=3),
-                *(draw(prior=prior) for prior in ("ar", "text", "none"))]
-    assert torch.equal(draw(prior="diffusion", seed=0), pictures[0])
-    assert all(not torch.allclose(a, b, atol=1e-3)
-               for k, a in enumerate(pictures) for b in pictures[:k])
+    x = normal(1, 3, 32, 32)().clamp(-1, 1)
+    five = model.vary(x, n=5, steps=2)
+    assert torch.equal(model.vary(x, n=3, steps=2), five[:3])
+    for other in (five[1], model.vary(x, n=1, steps=2, seed=1)[0]):
+        assert not torch.allclose(five[0], other, atol=1e-2)
 
 
 def test_each_prior_gives_the_decoder_what_its_name_says(model):
@@ -122,6 +108,8 @@ def test_each_prior_gives_the_decoder_what_its_name_says(model):
         assert torch.allclose(z_i[prior].norm(dim=1), torch.ones(2), atol=1e-5)
         assert not torch.allclose(z_i[prior][0], z_i[prior][1], atol=1e-2)
         assert not torch.allclose(z_i[prior], z_t, atol=1e-2)
+    with pytest.raises(ValueError, match="unknown prior 'gan': choose diffusion, ar, text or none"):
+        model.draw_z_i(tokens, 0, [0, 1], "gan")
 
 
 def test_a_text_counts_along_the_main_axes_alone():
@@ -147,44 +135,15 @@ def test_of_two_candidates_the_one_with_the_larger_dot_is_kept(model):
     assert torch.equal(default, dots[1])
 
 
-@pytest.mark.parametrize("prior, message", [
-    ("diffusion", "no weights of the prior.*--stage prior"),
-    ("ar", "no weights of the ar prior.*--stage ar-prior"),
-    ("text", "no weights of the decoder.*--stage decoder"),
-    ("gan", "unknown prior 'gan': choose diffusion, ar, text or none")])
-def test_a_missing_part_or_an_unknown_prior_is_named_with_the_remedy(model, prior, message):
-    with pytest.raises(ValueError, match=message):
-        UnCLIP(model.clip).generate(PROMPTS, prior=prior)
-
-
-# ---- CLIP is frozen, and nobody's part -----------------------------------------------------------
-
 def test_using_unclip_changes_no_bit_of_it_and_no_model_has_clip_inside(model):
-    parts = [model.clip, *model.parts.values()]
-    before, x = bits(parts), normal(1, 3, 32, 32)()
+    parts, x = [model.clip, *model.parts.values()], normal(1, 3, 32, 32)()
+    before = copy.deepcopy({k: part.state_dict() for k, part in enumerate(parts)})
     for prior in ("diffusion", "ar"):
-        model.generate(PROMPTS[0], n=1, prior=prior, **{**QUICK, "upsample": True})
-    model.vary(x, n=2, steps=2), model.edit(x, PROMPTS[2], n=2, steps=2)
-    assert same_bits(parts, before)
+        model.generate(PROMPTS[0], n=1, prior=prior, **QUICK)
+    model.edit(x, PROMPTS[2], n=2, steps=2), model.upsample(x, 0, [0])
+    assert same_bits({k: part.state_dict() for k, part in enumerate(parts)}, before)
     assert not any(p.requires_grad for part in parts for p in part.parameters())
     assert not any(isinstance(m, CLIP) for part in parts[1:] for m in part.modules())
-
-
-def test_training_the_other_parts_changes_no_bit_of_clip():
-    parts = tiny_parts()
-    clip, others = parts["clip"], [parts[part] for part in ("prior", "ar_prior", "decoder")]
-    for part in parts.values():
-        part.train().requires_grad_(True)
-    before, x, tokens = bits([clip]), normal(6, 3, 32, 32)(), clip.tokenizer(PROMPTS * 2)
-    z_i, z_t = clip.encode_image(x).detach(), clip.encode_text(tokens).detach()
-    white = clip.whiten(z_i)
-    for other, pairs in zip(others, [(white, z_t, tokens), (white, z_t, (z_i * z_t).sum(1), tokens),
-                                     (x, white, tokens)]):
-        weights, optimizer = bits([other]), torch.optim.AdamW(other.parameters(), lr=1e-2)
-        other.loss(*pairs).backward()
-        optimizer.step()
-        assert not same_bits([other], weights)                        # it did learn something
-    assert same_bits([clip], before) and all(p.grad is None for p in clip.parameters())
 
 
 # ---- Manipulating --------------------------------------------------------------------------------
@@ -259,23 +218,6 @@ def test_a_picture_comes_back_from_its_latent_and_from_another_z_i_comes_another
     assert abs(x_T.mean()) < 0.1 and abs(x_T.std() - 1) < 0.1         # it is standard normal
 
 
-def test_at_eta_0_every_manipulation_of_a_real_decoder_begins_with_the_picture(
-        model, monkeypatch):
-    """Even an untrained network is inverted: what its sampler draws is found again."""
-    decoder, z_i = model.part("decoder"), torch.zeros(2, 16)
-    f = decoder.guided(z_i, None)
-    x = decoder.diffusion.sample(f, normal(2, 3, 16, 16)(), 12, eta=0.0)
-    monkeypatch.setattr(model.clip, "encode_image",                   # for pictures of any size
-                        lambda x: F.normalize(x.flatten(1)[:, :16], dim=1))
-    a, b = (x / x.abs().max()).split(1)
-    near = lambda found, x: (found - x).square().mean().sqrt() < 0.05 * x.std()
-    assert near(model.reconstruct(a, steps=12), a)
-    assert near(model.vary(a, n=1, eta=0.0, steps=12), a)
-    strip = model.interpolate(a, b, n=3, steps=12)
-    assert near(strip[:1], a) and near(strip[2:], b) and not near(strip[1:2], a)
-    assert near(model.edit(a, PROMPTS[0], n=2, steps=12)[:1], a)
-
-
 def test_the_larger_eta_the_more_varies_and_what_clip_sees_stays(toy):
     off = []
     for eta in (0.0, 0.3, 1.0):
@@ -286,22 +228,12 @@ def test_the_larger_eta_the_more_varies_and_what_clip_sees_stays(toy):
     assert off[2] == pytest.approx(0.1 * math.sqrt(2), rel=0.15)      # as far as a stranger
 
 
-def test_a_variation_is_the_same_bytes_however_many_are_drawn(model):
-    x = normal(1, 3, 32, 32)().clamp(-1, 1)
-    five = model.vary(x, n=5, steps=2)
-    assert torch.equal(model.vary(x, n=3, steps=2), five[:3])
-    assert not torch.allclose(five[0], model.vary(x, n=1, steps=2, seed=1)[0], atol=1e-2)
-
-
-def test_interpolation_turns_evenly_from_one_picture_to_the_other(toy):
+def test_interpolation_turns_evenly_and_with_fixed_noise_only_what_clip_sees_is_interpolated(toy):
     strip = toy.interpolate(RED, BLUE, n=5)
     assert strip.shape == (5, 3, 4, 4)
     assert (strip[0] - RED).abs().max() < 1e-3 and (strip[-1] - BLUE).abs().max() < 1e-3
     along = (toy.clip.encode_image(strip) @ toy.clip.encode_image(BLUE).T)[:, 0].acos()
     assert torch.allclose(along.diff(), along.diff().mean().expand(4), atol=0.03)
-
-
-def test_with_fixed_noise_what_clip_sees_is_interpolated_alone(toy):
     strip = toy.interpolate(RED, BLUE, n=5, fixed_noise=True)
     assert (pattern(strip) - pattern(strip[:1])).abs().max() < 0.02   # all of one pattern …
     assert (strip[0] - RED).abs().max() > 0.1                         # … which is not RED's
