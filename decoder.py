@@ -145,11 +145,9 @@ class DecoderConfig:
     sketch_size: int = 16                # pixels a side of the sketch, see Decoder
     sketch_width: int = 1024             # of the MLP that draws it
     sketch_depth: int = 3                # its hidden layers
-    # How often training hides each condition. Guidance needs a network that can draw without them,
-    # and the manipulations have no caption.
-    # differs from the paper: z_i is hidden in 0.3, there in 0.1 (sec. 2.1). What captions say is
-    # learnt where z_i does not say it already.
-    drop_z_i: float = 0.3                # 1: a text-only decoder, like GLIDE
+    # How often training hides each condition (sec. 2.1). Guidance needs a network that can draw
+    # without them, and the manipulations have no caption.
+    drop_z_i: float = 0.1                # 1: a text-only decoder, like GLIDE
     drop_text: float = 0.5
 
 
@@ -158,17 +156,14 @@ class Decoder(nn.Module):
 
     z_i is added to the timestep embedding, and makes four tokens of context. The caption's own
     Transformer adds its last output to the timestep embedding, and all its outputs to the context.
-    Learnt nulls stand for conditions that are hidden.
+    z_i is that of the training picture itself: the decoder learns to invert CLIP. A z_i drawn by a
+    prior would belong to another picture.
     differs from the paper: the variance of a sampling step is DDPM's, not learnt. And the UNet is
-    also shown a sketch, the mean picture E[x | z_i, y], of few pixels. The mean is the best
-    estimate of x_0 from pure noise. The UNet is slow to learn it; a small MLP learns it sooner.
+    also shown a sketch, the mean picture E[x | z_i], of few pixels. The mean is the best estimate
+    of x_0 from pure noise. The UNet is slow to learn it. An MLP learns it sooner, and is cheap.
     """
 
     Z_I_TOKENS = 4
-    # differs from the paper: in training z_i is shown with noise, of 0 to NOISE_Z_I standard
-    # deviations. What a prior draws is not as exact as the z_i of a picture. The paper corrupts
-    # what its upsamplers are shown, for the same reason.
-    NOISE_Z_I = 0.3
 
     def __init__(self, config):
         super().__init__()
@@ -178,9 +173,7 @@ class Decoder(nn.Module):
         self.z_i_tokens = nn.Linear(c.dim, self.Z_I_TOKENS * c.width)
         self.text = TextEncoder(c.vocab, c.context, c.width, c.text_depth)
         self.text_emb = nn.Linear(c.width, c.width)
-        self.null_z_i = nn.Parameter(torch.zeros(c.dim))
-        self.null_text = nn.Parameter(torch.zeros(c.width))
-        widths, side = [c.dim + c.width] + [c.sketch_width] * c.sketch_depth, c.sketch_size
+        widths, side = [c.dim] + [c.sketch_width] * c.sketch_depth, c.sketch_size
         hidden = [m for a, b in zip(widths, widths[1:]) for m in (nn.Linear(a, b), nn.GELU())]
         self.sketch = nn.Sequential(*hidden, nn.Linear(c.sketch_width, 3 * side ** 2),
                                     nn.Unflatten(1, (3, side, side)))
@@ -189,57 +182,36 @@ class Decoder(nn.Module):
     def forward(self, x_t, t, z_i, tokens):
         """The network f: x_t (B, 3, H, W), t (B,), z_i (B, D), tokens (B, L) → v (B, 3, H, W)."""
         z_i = z_i * (self.config.drop_z_i < 1)       # a text-only decoder never learnt to read it
-        z_i, text, text_emb = self.encode_conditions(z_i, tokens)
-        emb = self.z_i_emb(z_i) + text_emb                               # (B, width)
+        text, end = self.text(tokens)                                    # (B, L, width), (B, width)
+        emb = self.z_i_emb(z_i) + self.text_emb(end)                     # (B, width)
         z_i_tokens = self.z_i_tokens(z_i).unflatten(1, (self.Z_I_TOKENS, -1))     # (B, 4, width)
         context = torch.cat([z_i_tokens, text], dim=1)                   # (B, 4 + L, width)
         visible = F.pad(tokens != PAD, (self.Z_I_TOKENS, 0), value=True)          # (B, 4 + L)
         # Detached: the sketch is to be the mean picture, and learns from its own error alone.
-        sketch = self.draw_sketch(z_i, text_emb).detach()                # (B, 3, 16, 16)
+        sketch = self.draw_sketch(z_i).detach()                          # (B, 3, 16, 16)
         x = torch.cat([x_t, F.interpolate(sketch, x_t.shape[-2:], mode="bilinear")], dim=1)
         return self.unet(x, t, emb, context, visible)
 
-    def encode_conditions(self, z_i, tokens):
-        """z_i (B, D) or its null; of the caption all outputs (B, L, width), and what it adds to the
-        timestep embedding (B, width), or the null of that."""
-        text, end = self.text(tokens)
-        z_i = torch.where((z_i == 0).all(dim=1, keepdim=True), self.null_z_i, z_i)
-        return z_i, text, torch.where(tokens[:, :1] == PAD, self.null_text, self.text_emb(end))
+    def draw_sketch(self, z_i):
+        """z_i (B, D) → E[x | z_i] (B, 3, sketch_size, sketch_size)."""
+        return self.sketch(4 * z_i)     # 4: so the MLP learns sooner from small changes of z_i
 
-    def draw_sketch(self, z_i, text_emb):
-        """E[x | z_i, y] (B, 3, sketch_size, sketch_size), of what `encode_conditions` returns."""
-        # 4 z_i, not z_i: so the MLP sooner learns a function that changes quickly with z_i.
-        return self.sketch(torch.cat([4 * z_i, text_emb], dim=1))
-
-    def sketch_error(self, x, z_i, text_emb):
-        """The sketch's mean squared error: x (B, 3, H, W) and what `encode_conditions` returns."""
-        low = F.adaptive_avg_pool2d(x, self.config.sketch_size)
-        return F.mse_loss(self.draw_sketch(z_i, text_emb), low)
+    def sketch_error(self, x, z_i):
+        """The mean squared error of the sketches of x (B, 3, H, W) by z_i (B, D): a scalar."""
+        return F.mse_loss(self.draw_sketch(z_i), F.adaptive_avg_pool2d(x, self.config.sketch_size))
 
     def loss(self, x, z_i, tokens, generator=None):
         """The error of eps at random t (Diffusion.loss), and that of the sketch: a scalar.
 
-        x (B, 3, H, W) in [-1, 1]; z_i (B, D), whitened; tokens (B, L). z_i is that of x itself: the
-        decoder learns to invert CLIP. A z_i drawn by a prior would belong to another picture.
-        The UNet, which costs most, sees only every eighth picture. Captions take far more pictures
-        to learn from than the UNet needs. The sketch is cheap, and it sees all. In half of those
-        that the UNet does not see, z_i is hidden, so that the caption must be read.
+        x (B, 3, H, W) in [-1, 1]; z_i (B, D), whitened; tokens (B, L).
         """
         B, device = len(x), x.device
-        shown = torch.rand(2, B, 1, device=device, generator=generator)
-        drop_z_i = torch.full((B, 1), max(0.5, self.config.drop_z_i), device=device)
-        drop_z_i[::8] = self.config.drop_z_i
-        noise = torch.randn(z_i.shape, device=device, generator=generator)
-        level = torch.rand(B, 1, device=device, generator=generator)
-        z_i = (z_i + self.NOISE_Z_I * level * noise) * (shown[0] >= drop_z_i)
-        tokens = tokens * (shown[1] >= self.config.drop_text)
-        z, _, text_emb = self.encode_conditions(z_i, tokens)
-        sketch_error = self.sketch_error(x, z, text_emb)
-        x_8, z_i, tokens = x[::8], z_i[::8], tokens[::8]
-        t = torch.randint(1, self.diffusion.T + 1, (len(x_8),), device=device, generator=generator)
-        eps = torch.randn(x_8.shape, device=device, generator=generator)
-        error = self.diffusion.loss(lambda x_t, t: self(x_t, t, z_i, tokens), x_8, t, eps)
-        return error + sketch_error
+        u = torch.rand(2, B, 1, device=device, generator=generator)
+        z_i, tokens = z_i * (u[0] >= self.config.drop_z_i), tokens * (u[1] >= self.config.drop_text)
+        t = torch.randint(1, self.diffusion.T + 1, (B,), device=device, generator=generator)
+        eps = torch.randn(x.shape, device=device, generator=generator)
+        f = lambda x_t, t: self(x_t, t, z_i, tokens)
+        return self.diffusion.loss(f, x, t, eps) + self.sketch_error(x, z_i)
 
     def guided(self, z_i, tokens, guidance=1.0):
         """f(x_t, t) for the sampler and the inversion. The null of guidance hides both conditions.

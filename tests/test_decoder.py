@@ -81,20 +81,17 @@ def test_padding_has_no_influence_and_a_hidden_caption_is_one_null_row_by_row():
     assert null.isfinite().all() and not torch.allclose(both[0], both[1], atol=1e-4)
 
 
-def test_training_hides_z_i_3_times_in_10_the_caption_every_other_and_adds_noise_to_z_i():
-    model, shown, B = decoder(), [], 80_000
+def test_training_hides_z_i_once_in_10_and_the_caption_every_other_time():
+    model, shown, B = decoder(), [], 10_000
     model.forward = lambda *inputs: shown.extend(inputs) or inputs[0]
     model.loss(torch.zeros(B, 3, 1, 1), Z_I.expand(B, -1), TOKENS[[0] * B], seeded())
     x_t, t, z_i, tokens = shown
-    assert len(x_t) == B // 8                            # that the UNet sees; the sketch sees all
     no_z_i, no_text = (z_i == 0).all(dim=1).float(), (tokens == PAD).all(dim=1).float()
-    assert no_z_i.mean().item() == pytest.approx(0.3, abs=0.02)
+    assert no_z_i.mean().item() == pytest.approx(0.1, abs=0.012)
     assert no_text.mean().item() == pytest.approx(0.5, abs=0.02)
-    assert (no_z_i * no_text).mean().item() == pytest.approx(0.15, abs=0.015)
-    noise = z_i[no_z_i == 0] - Z_I                       # its level is uniform from 0 to 0.3
-    assert noise.mean().item() == pytest.approx(0, abs=0.003)
-    assert noise.square().mean().item() == pytest.approx(0.3 ** 2 / 3, rel=0.03)
-    assert noise.pow(4).mean().item() == pytest.approx(3 * 0.3 ** 4 / 5, rel=0.06)
+    assert (no_z_i * no_text).mean().item() == pytest.approx(0.05, abs=0.009)
+    assert torch.equal(z_i[no_z_i == 0].unique(dim=0), Z_I)          # the others as they are
+    assert torch.equal(tokens[no_text == 0].unique(dim=0), TOKENS[:1])
     counts = t.sub(1).div(100, rounding_mode="floor").bincount() / len(t)
     assert torch.allclose(counts, torch.full((10,), 0.1), atol=0.012)        # 1 to 1000, evenly
 
@@ -134,9 +131,8 @@ def x_0_error(model, z_i, t):
 
 def test_the_decoder_learns_a_handful_of_pictures_and_which_z_i_belongs_to_which():
     model, generator = decoder(), seeded()
-    order = torch.arange(128) // 8 % 4                   # the UNet sees every eighth
-    x, z_i = PICTURES[order], Z_OF_PICTURES[order]
-    learn(model, lambda: model.loss(x, z_i, TOKENS[[0] * 128], generator), steps=200, lr=1e-2)
+    x, z_i = PICTURES.repeat(4, 1, 1, 1), Z_OF_PICTURES.repeat(4, 1)
+    learn(model, lambda: model.loss(x, z_i, TOKENS[[0] * 16], generator), steps=110, lr=1.2e-2)
     mean = F.mse_loss(PICTURES.mean(dim=0).expand(4, -1, -1, -1), PICTURES).item()
     assert x_0_error(model, Z_OF_PICTURES, t=500) < 0.15 * mean
     assert x_0_error(model, Z_OF_PICTURES, t=900) < 0.3 * mean < \
