@@ -143,11 +143,11 @@ class Bench:
         self.figures.append((name, caption))
 
     def claim(self, section, says, a, b):
-        """What the paper says; and bools a, b (N,): it holds if a's share is larger, beyond chance.
-        """
+        """What the paper says; and bools a (N,), b (M,): it holds if a's share is larger, beyond
+        chance. Few pictures may show neither that nor the opposite."""
         here = [f"{mean(share)} of {len(share)}" for share in (a, b)]
-        self.claims.append(f"> {section} | {says} | {', '.join(here)} | "
-                           f"{'yes' if larger(a, b) else 'no'}")
+        holds = "yes" if larger(a, b) else "no" if larger(b, a) else "not shown"
+        self.claims.append(f"> {section} | {says} | {', '.join(here)} | {holds}")
 
     def strips(self, name, frames, caption):
         """A figure with a row for each of the first six pictures, and a column for each frame."""
@@ -799,7 +799,8 @@ in %. A share is followed by its 95 % interval (Wilson), a mean by ± half of it
 picture has noise of its own.
 
 What the paper says, and whether it holds here, where the truth is known. It holds if the first
-share is larger than the second by more than chance explains (95 %).
+share is larger than the second by more than chance explains (95 %), and does not if it is smaller
+by as much; in between, nothing is shown.
 
 | section | the paper | here, % | holds | experiment |
 | --- | --- | --- | --- | --- |"""
