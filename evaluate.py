@@ -11,6 +11,7 @@ Next chapter: checkpoints.py, the last.
 """
 
 import inspect
+import os
 import random
 import sys
 import time
@@ -18,6 +19,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import permutations, product
 from pathlib import Path
+
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")          # see train.py
 
 import numpy as np
 import torch

@@ -15,7 +15,7 @@ import sys
 from inspect import signature
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")      # before torch: idle threads must not spin
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")          # see train.py
 
 import torch
 import torch.nn.functional as F

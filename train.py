@@ -29,7 +29,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")      # before torch: idle threads must not spin
+# Before torch is loaded: a thread that waits for others spins for some microseconds, then sleeps. By
+# default it spins for so long that two processes on the same cores starve each other.
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 import torch
 import torch.nn.functional as F
