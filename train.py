@@ -75,7 +75,7 @@ SIZES = {
              "upsampler": dict(channels=(64, 128, 192), blocks=(1, 2, 2), width=256)}}
 
 # GLIDE in miniature, from captions alone: evaluate.py compares it with unCLIP (sec. 5.3).
-TEXT_ONLY = dict(drop_z_i=1.0, drop_text=0.1, sketch_width=8)      # its sketch is but one mean
+TEXT_ONLY = dict(drop_z_i=1.0, drop_text=0.1)
 
 # The loss of each stage, on a batch b as Pairs.batch makes it, with random numbers by g.
 STAGES = {
@@ -396,7 +396,7 @@ class Run:
         if self.files["csv"].exists():
             open_log(self).close()                     # is another run at work?
         with about("--init"):
-            self.given = args.init and load_part(Path(args.init) / f"{self.part}.pt", self.device)
+            self.given = args.init and load_part(self.first_weights(), self.device)
         self.clip = self.decoder = None
         if stage not in ("clip", "upsampler"):
             self.clip = self.load_clip()
@@ -413,6 +413,12 @@ class Run:
 
     def say(self, text):
         say(f"{self.stage}: {text}")
+
+    def first_weights(self):
+        """What --init names. A text-only decoder may begin as the decoder that it is compared with.
+        """
+        path = Path(self.args.init) / f"{self.part}.pt"
+        return path.with_name("decoder.pt") if self.args.text_only and not path.exists() else path
 
     def find(self, part):
         """Where a trained part lies: in this run's folder, in --init's, or shipped; or None."""

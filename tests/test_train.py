@@ -15,7 +15,7 @@ import torch.nn as nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
-from checkpoints import load_part, load_parts, write_torch
+from checkpoints import load_part, load_parts, save_part, write_torch
 from conftest import (at_step, bytes_in, interrupt, log, read, same_bits, seeded, shake, tiny_parts,
                       type_train, write_metadata)
 from data import Dataset
@@ -479,6 +479,15 @@ def test_a_text_only_decoder_is_a_part_of_its_own_beside_the_decoder(call, copie
     assert (model.config.drop_z_i, model.config.drop_text) == (1, 0.1)
     assert model.clip_id == load_part(copied / "clip.pt").clip_id
     assert (copied / "decoder.pt").read_bytes() == before
+
+
+def test_a_text_only_decoder_begins_as_that_of_init_or_else_as_the_decoder_there(copied):
+    shaken = load_part(copied / "decoder.pt")
+    for part in "decoder", "text_decoder":                     # the second is preferred, once there
+        shaken.unet.stem.bias += 1
+        save_part(copied / f"{part}.pt", part, shaken, shaken.trained)
+        given = run_of("decoder", "--text-only", "--init", copied).given
+        assert torch.equal(given.unet.stem.bias, shaken.unet.stem.bias)
 
 
 def test_cifar10_has_no_upsampler_and_seven_pictures_fill_no_buckets(call, copied):
