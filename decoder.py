@@ -274,11 +274,11 @@ class Upsampler(nn.Module):
         """(B, 3, h, w) → (B, 3, h·factor, w·factor), bicubic."""
         return F.interpolate(low, scale_factor=float(self.config.factor), mode="bicubic")
 
-    def loss(self, x, generator=None):
-        """x (B, 3, S, S) in [-1, 1], full size: a scalar, on a crop of each, S/2 a side."""
+    def loss(self, x, low, generator=None):
+        """x (B, 3, S, S) in [-1, 1], full size, and low, the same pictures as the decoder learns
+        them (B, 3, S/factor, S/factor): a scalar, on a crop of each, S/2 a side."""
         B, S, device, factor = len(x), x.shape[-1], x.device, self.config.factor
         rand = lambda *shape: torch.rand(*shape, device=device, generator=generator)
-        low = F.avg_pool2d(x, factor)
         low = corrupt(low, rand, torch.randn(low.shape, device=device, generator=generator))
         x, low = crop(x, self.enlarge(low), S // 2, factor, rand)
         t = (rand(B) * self.diffusion.T).long() + 1

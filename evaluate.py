@@ -312,7 +312,7 @@ def form_of_solids(bench):
     drawn = bench.enlarged(bench.draw(captions, bench.z_i(captions)))
     renders = bench.renders(captions, drawn.shape[-1])
     for name, x in {"renders": renders,
-                    "renders, reduced and upsampled": bench.enlarged(reduced(renders)),
+                    "small renders, upsampled": bench.enlarged(bench.renders(captions)),
                     "drawn, by the diffusion prior": drawn}.items():
         decibels, fitted = form(x, pairs, bench.judge, seed=bench.seed)
         own = decibels if name == "renders" else own
@@ -322,11 +322,6 @@ def form_of_solids(bench):
     shown = torch.cat([drawn[:min(8, n)], fitted[:min(8, n)]])
     bench.figure("form", shown, min(8, n), "Drawn cubes, and the scenes that fit them.")
     return rows
-
-
-def reduced(images):
-    """Pictures as area means at 32 pixels."""
-    return to_uint8(F.avg_pool2d(to_float(images), images.shape[-1] // 32))
 
 
 def diversity(bench):
@@ -509,24 +504,26 @@ def priors(bench):
 def upsampler(bench):
     """What does it add? (Sec. 2.1.)
 
-    To validation renders, and to what the decoder draws of their z_i and captions. The small
-    renders are area means of the large ones, with which PSNR and sharpness (gradient energy, as a
-    ratio) compare."""
+    To small validation renders, and to what the decoder draws of their z_i and captions. PSNR and
+    sharpness (gradient energy, as a ratio) compare with renders of the same scenes at full size,
+    and are told for area means of these, too: they are cleaner than small renders."""
     factor = bench.unclip.part("upsampler").config.factor
-    split = load("shapes", "validation", 32 * factor, limit=bench.most(200))
-    large, small, rows = split.images, reduced(split.images), []
+    split, full = (load("shapes", "validation", side, limit=bench.most(200))
+                   for side in (32, 32 * factor))
+    small, large, rows = split.images, full.images, []
+    means = to_uint8(F.avg_pool2d(to_float(large), factor))
     drawn = bench.draw([captions[0] for captions in split.captions], bench.encode(small))
     with FlopCounterMode(display=False) as counter:
         bench.enlarged(small[[0] * 4])                   # the upsampler works on four at a time
     plain = lambda x, mode="bicubic": to_uint8(F.interpolate(
         to_float(x), scale_factor=float(factor), mode=mode))
     pictures = {"renders": large, "renders, small": small, "bicubic": plain(small),
-                "upsampled": bench.enlarged(small), "drawn": drawn,
-                "drawn, upsampled": bench.enlarged(drawn)}
+                "upsampled": bench.enlarged(small), "area means, upsampled": bench.enlarged(means),
+                "drawn": drawn, "drawn, upsampled": bench.enlarged(drawn)}
     for name, x in pictures.items():
         row = {"pictures": name, "of": len(x),
                "solids right %": same(bench.judge.read(x), split.labels)}
-        if name in ("bicubic", "upsampled"):
+        if name in ("bicubic", "upsampled", "area means, upsampled"):
             row |= {"PSNR, dB": psnr(x, large),
                     "sharpness": ratio(gradient_energy(x), gradient_energy(large))}
         if name == "upsampled":

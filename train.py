@@ -83,7 +83,7 @@ STAGES = {
     "prior": lambda model, b, g: model.loss(b.z_i, b.z_t, b.tokens, g),
     "ar-prior": lambda model, b, g: model.loss(b.z_i, b.z_t, b.dot, b.tokens, g),
     "decoder": lambda model, b, g: model.loss(b.x, b.z_i, b.tokens, g),
-    "upsampler": lambda model, b, g: model.loss(b.x, g)}
+    "upsampler": lambda model, b, g: model.loss(b.x, b.low, g)}
 
 SAVE_SECONDS, LOG_ROWS, PROFILE_SECONDS = 180, 100, 20
 LARGE_PICTURES = 4000                # for the upsampler, to which each gives many crops
@@ -220,7 +220,7 @@ def picture_to_watch(run, model, pairs):
     true, rows, quickly = pairs.images[:8], range(len(pairs.images[:8])), dict(steps=16, eta=0.0)
     noise = Noise(0, rows, true.shape[1:], "watch", run.device)
     if run.stage == "upsampler":                     # of small ones: enlarged, and upsampled
-        low = F.avg_pool2d(to_float(true), model.config.factor)
+        low = to_float(pairs.small[:8])
         drawn = [model.enlarge(low), model.sample(low, noise)]
     elif run.stage == "decoder":                     # of their z_i alone, or captions alone
         tokens = pairs.tokens[pairs.row[:8, 0]] if run.args.text_only else None
@@ -239,11 +239,14 @@ def picture_to_watch(run, model, pairs):
 
 def load_pairs(run):
     """Training and validation data, on the device."""
-    size, limit, learns_clip = run.image_size, run.args.limit, run.stage == "clip"
-    if run.stage == "upsampler":
-        size, limit = size * 4, min(limit or LARGE_PICTURES, LARGE_PICTURES)
-    sets = [data.load(run.args.data, split, size, n, run.args.data_dir)
-            for split, n in (("train", limit), ("validation", VALIDATION_PICTURES))]
+    limit, learns_clip, enlarges = run.args.limit, run.stage == "clip", run.stage == "upsampler"
+    if enlarges:
+        limit = min(limit or LARGE_PICTURES, LARGE_PICTURES)
+
+    def load(size):
+        return [data.load(run.args.data, split, size, n, run.args.data_dir)
+                for split, n in (("train", limit), ("validation", VALIDATION_PICTURES))]
+    sets = load(run.image_size * 4 if enlarges else run.image_size)
     tokenizer = run.clip and run.clip.tokenizer
     if learns_clip:
         most = dict(vocab=1024, context=64) if run.args.data == "shapes" else \
@@ -252,8 +255,11 @@ def load_pairs(run):
         if run.given:                                # --init's weights know its tokens alone
             run.given.tokenizer.words |= tokenizer.words
             tokenizer = run.given.tokenizer
-    return [Pairs(d, tokenizer, run.clip, run.device, shift=learns_clip and d is sets[0])
-            for d in sets]
+    pairs = [Pairs(d, tokenizer, run.clip, run.device, shift=learns_clip and d is sets[0])
+             for d in sets]
+    for some, small in zip(pairs, load(run.image_size) if enlarges else ()):
+        some.small = small.images.to(run.device)         # the same pictures, as the decoder learns
+    return pairs
 
 
 class Pairs:
@@ -267,6 +273,7 @@ class Pairs:
     def __init__(self, dataset, tokenizer, clip, device, shift=False):
         self.tokenizer, self.clip, self.shift = tokenizer, clip, shift and dataset.flips
         self.images, self.flips = dataset.images.to(device), dataset.flips         # (N, 3, H, W)
+        self.small = None                                # of the upsampler: (N, 3, H/4, W/4)
         self.texts = sorted({y for ys in dataset.captions for y in ys})
         row, most = {y: k for k, y in enumerate(self.texts)}, max(map(len, dataset.captions))
         self.count = torch.tensor([len(ys) for ys in dataset.captions], device=device)      # (N,)
@@ -315,9 +322,12 @@ class Pairs:
     def batch(self, i, row, mirrored):
         """Pictures i with the captions row, mirrored where that is 1, all (n,) → an object with
         x (n, 3, H, W), tokens (n, L), z_i (n, D) whitened, z_t (n, D), and dot (n,) = z_i·z_t."""
-        b = SimpleNamespace(x=to_float(self.images[i]))
-        if self.flips:
-            b.x = torch.where(mirrored[:, None, None, None] > 0, b.x.flip(3), b.x)
+        def pictures(images):
+            x = to_float(images[i])
+            return torch.where(mirrored[:, None, None, None] > 0, x.flip(3), x) if self.flips else x
+        b = SimpleNamespace(x=pictures(self.images))
+        if self.small is not None:
+            b.low = pictures(self.small)
         if self.tokenizer:
             b.tokens = self.tokens[row]
         if self.clip:

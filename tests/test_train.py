@@ -450,6 +450,16 @@ def test_only_clip_learns_on_shifted_pictures_and_only_where_these_may_be_mirror
             assert [pairs.shift for pairs in sets] == [shift, False]
 
 
+def test_the_upsampler_gets_each_picture_in_two_sizes_mirrored_alike(monkeypatch):
+    large = torch.randint(256, (20, 3, 128, 128), generator=seeded()).float()
+    monkeypatch.setattr(train.data, "load", lambda name, split, size, *_: Dataset(
+        nn.functional.avg_pool2d(large, 128 // size).round().byte(), [["a"]] * 20, {}, [], True))
+    pairs = train.load_pairs(run_of("upsampler", "--out", "nowhere"))[0]
+    b = pairs.draw(40, seeded())
+    assert b.x.shape == (40, 3, 128, 128) and b.low.shape == (40, 3, 32, 32)
+    assert torch.allclose(nn.functional.avg_pool2d(b.x, 4), b.low, atol=0.5 / 127.5 + 1e-5)
+
+
 # ---- What a user types ---------------------------------------------------------------------------
 
 def test_few_pictures_of_one_s_own_with_long_captions_train_every_stage(call, tmp_path, unseen):
