@@ -29,8 +29,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
-# Before torch is loaded: a thread that waits for others spins for some microseconds, then sleeps. By
-# default it spins for so long that two processes on the same cores starve each other.
+# Before torch is loaded: a thread that waits for others spins for some microseconds, then sleeps.
+# By default it spins for so long that two processes on the same cores starve each other.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 import torch
@@ -255,11 +255,9 @@ def load_pairs(run):
         if run.given:                                # --init's weights know its tokens alone
             run.given.tokenizer.words |= tokenizer.words
             tokenizer = run.given.tokenizer
-    pairs = [Pairs(d, tokenizer, run.clip, run.device, shift=learns_clip and d is sets[0])
-             for d in sets]
-    for some, small in zip(pairs, load(run.image_size) if enlarges else ()):
-        some.small = small.images.to(run.device)         # the same pictures, as the decoder learns
-    return pairs
+    smalls = load(run.image_size) if enlarges else [None, None]
+    return [Pairs(d, tokenizer, run.clip, run.device, learns_clip and d is sets[0], small)
+            for d, small in zip(sets, smalls)]
 
 
 class Pairs:
@@ -268,12 +266,14 @@ class Pairs:
     Captions repeat: 60,000 pictures have far fewer different ones. So tokens and z_t are kept once
     for each, and a picture keeps the rows of its own. CLIP is frozen, so that z_i and z_t are
     computed here, once; of z_i there is a view for mirrored pictures too, where these may be.
+    small: for the upsampler, the same pictures in the size in which the decoder learns them. An
+    area mean of large ones would be cleaner than what the decoder draws.
     """
 
-    def __init__(self, dataset, tokenizer, clip, device, shift=False):
+    def __init__(self, dataset, tokenizer, clip, device, shift=False, small=None):
         self.tokenizer, self.clip, self.shift = tokenizer, clip, shift and dataset.flips
         self.images, self.flips = dataset.images.to(device), dataset.flips         # (N, 3, H, W)
-        self.small = None                                # of the upsampler: (N, 3, H/4, W/4)
+        self.small = small and small.images.to(device)                     # (N, 3, H/4, W/4)
         self.texts = sorted({y for ys in dataset.captions for y in ys})
         row, most = {y: k for k, y in enumerate(self.texts)}, max(map(len, dataset.captions))
         self.count = torch.tensor([len(ys) for ys in dataset.captions], device=device)      # (N,)
@@ -321,7 +321,8 @@ class Pairs:
 
     def batch(self, i, row, mirrored):
         """Pictures i with the captions row, mirrored where that is 1, all (n,) → an object with
-        x (n, 3, H, W), tokens (n, L), z_i (n, D) whitened, z_t (n, D), and dot (n,) = z_i·z_t."""
+        x (n, 3, H, W), tokens (n, L), z_i (n, D) whitened, z_t (n, D), and dot (n,) = z_i·z_t.
+        For the upsampler low (n, 3, H/4, W/4), the same pictures small."""
         def pictures(images):
             x = to_float(images[i])
             return torch.where(mirrored[:, None, None, None] > 0, x.flip(3), x) if self.flips else x
