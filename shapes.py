@@ -77,7 +77,7 @@ SIZES = ["small", "large"]
 RELATIONS = ["alone", "left of", "on top of"]    # "right of" is another wording of "left of"
 UNSEEN = {("purple", "cylinder"), ("orange", "sphere"), ("cyan", "cone"), ("gray", "sphere")}
 
-RENDERER_VERSION = 4    # raise it whenever a picture or a caption changes: it names the cache
+RENDERER_VERSION = 5    # raise it whenever a picture or a caption changes: it names the cache
 
 
 @dataclass
@@ -305,7 +305,7 @@ def stacked(solids, reach, rng):
 
 # ---- The ray tracer -----------------------------------------------------------------------------
 
-SAMPLES = 3    # rays along each side of a pixel
+SAMPLES = 4    # squared: rays of a pixel
 MANY = 500     # pictures are worth the start of several processes
 PORTION = 20   # pictures come from a process at once
 AMBIENT, DIFFUSE, SHINE = 0.5, 0.62, 0.35
@@ -408,12 +408,16 @@ def normal_at(s, p):
 def camera(size):
     """The R = (size SAMPLES)² rays of a picture: right (R,), down (R,) and light's spread (3, R).
 
-    The rays of one pixel see the light from directions that cover a small disc, so that shadows
-    have soft edges.
+    No two rays of a pixel are in one column or row (N rooks, Shirley 1991): an upright edge that
+    moves across the pixel meets them one by one, and so it darkens in 16 steps, not in 4.
+    Each of them sees the light from another direction of a small disc, so that shadows have soft
+    edges.
     """
     side = size * SAMPLES
-    line = (torch.arange(side) + 0.5) / side * 2 - 1
-    down, right = (v.reshape(-1) for v in torch.meshgrid(line, line, indexing="ij"))
+    down, right = (v.reshape(-1) for v in torch.meshgrid(*[torch.arange(side)] * 2, indexing="ij"))
+    right, down = (right + (down % SAMPLES + 0.5) / SAMPLES,
+                   down + (SAMPLES - right % SAMPLES - 0.5) / SAMPLES)
+    right, down = right / side * 2 - 1, down / side * 2 - 1
     n = torch.arange(SAMPLES ** 2)
     radius, angle = 0.08 * ((n + 0.5) / len(n)).sqrt(), n * 2.39996    # a sunflower's spiral
     spread = torch.stack([radius * angle.cos(), 0 * radius, radius * angle.sin()])
