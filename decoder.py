@@ -175,7 +175,7 @@ class Decoder(nn.Module):
         self.text_emb = nn.Linear(c.width, c.width)
         widths, side = [c.dim] + [c.sketch_width] * c.sketch_depth, c.sketch_size
         hidden = [m for a, b in zip(widths, widths[1:]) for m in (nn.Linear(a, b), nn.GELU())]
-        self.sketch = nn.Sequential(*hidden, nn.Linear(c.sketch_width, 3 * side ** 2),
+        self.sketch = nn.Sequential(*hidden, nn.Linear(widths[-1], 3 * side ** 2),
                                     nn.Unflatten(1, (3, side, side)))
         self.unet = UNet(6, 3, c.channels, c.blocks, c.attention, c.width, c.width)
 

@@ -75,7 +75,8 @@ SIZES = {
              "upsampler": dict(channels=(64, 128, 192), blocks=(1, 2, 2), width=256)}}
 
 # GLIDE in miniature, from captions alone: evaluate.py compares it with unCLIP (sec. 5.3).
-TEXT_ONLY = dict(drop_z_i=1.0, drop_text=0.1)
+# Its sketch can tell nothing, so that it needs no MLP.
+TEXT_ONLY = dict(drop_z_i=1.0, drop_text=0.1, sketch_depth=0)
 
 # The loss of each stage, on a batch b as Pairs.batch makes it, with random numbers by g.
 STAGES = {
@@ -375,8 +376,11 @@ def build(run, pairs):
     if run.stage == "clip":
         model.clip_id = secrets.token_hex(8)
     if run.given:
+        weights = run.given.state_dict()
+        if run.args.text_only:                       # a decoder's sketch is of no use to it
+            weights = {k: v for k, v in weights.items() if not k.startswith("sketch")}
         try:
-            model.load_state_dict(run.given.state_dict())
+            model.load_state_dict(weights, strict=not run.args.text_only)
         except RuntimeError as error:
             raise ValueError(f"--init {run.args.init}: its {run.part} does not fit --size "
                              f"{run.args.size} ({str(error).splitlines()[-1].strip()})") from None

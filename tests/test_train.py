@@ -496,8 +496,11 @@ def test_a_text_only_decoder_begins_as_that_of_init_or_else_as_the_decoder_there
     for part in "decoder", "text_decoder":                     # the second is preferred, once there
         shaken.unet.stem.bias += 1
         save_part(copied / f"{part}.pt", part, shaken, shaken.trained)
-        given = run_of("decoder", "--text-only", "--init", copied).given
-        assert torch.equal(given.unet.stem.bias, shaken.unet.stem.bias)
+        run = run_of("decoder", "--text-only", "--init", copied)
+        model = train.build(run, train.load_pairs(run)[0])
+        assert torch.equal(model.unet.stem.bias, shaken.unet.stem.bias)
+        assert torch.equal(model.text.position, shaken.text.position)
+        assert len(model.sketch) < len(shaken.sketch)          # it has no use for an MLP
 
 
 def test_cifar10_has_no_upsampler_and_seven_pictures_fill_no_buckets(call, copied):
