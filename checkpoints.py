@@ -2,8 +2,8 @@
 
 A part of unCLIP is one file, <part>.pt: a plain dict of numbers, strings and tensors, which torch
 reads without running any code in it. Priors and decoder belong to the one CLIP on whose embeddings
-they were trained. Each CLIP has a random id, which all its copies carry, and a part carries the id
-of its CLIP.
+they were trained. Each CLIP has an id, a random one and the step at which it was saved, which all
+copies of its file carry, and a part carries the id of its CLIP.
 """
 
 import argparse

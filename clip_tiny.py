@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 # ---- Tokenizer -------------------------------------------------------------------------------
 
-PAD, SOT, EOT = 0, 1, 2                        # padding, start of text, end of text
+PAD, SOT, EOT = 0, 1, 2    # padding (0: tokens · 0 hides a caption), start and end of text
 BYTES = 3                                      # ids 3..258 are the 256 bytes; merges come after
 
 

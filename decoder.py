@@ -158,9 +158,10 @@ class Decoder(nn.Module):
     Transformer adds its last output to the timestep embedding, and all its outputs to the context.
     z_i is that of the training picture itself: the decoder learns to invert CLIP. A z_i drawn by a
     prior would belong to another picture.
-    differs from the paper: the variance of a sampling step is DDPM's, not learnt. And the UNet is
-    also shown a sketch, the mean picture E[x | z_i], of few pixels. The mean is the best estimate
-    of x_0 from pure noise. The UNet is slow to learn it. An MLP learns it sooner, and is cheap.
+    differs from the paper: the variance of a sampling step is DDPM's, not learnt. And z_i enters in
+    a third way: the UNet is shown a sketch, the mean picture E[x | z_i], of few pixels. The mean is
+    the best estimate of x_0 from pure noise. The UNet is slow to learn it. An MLP learns it sooner,
+    and is cheap.
     """
 
     Z_I_TOKENS = 4
@@ -232,7 +233,7 @@ class Decoder(nn.Module):
         trace is called at each step (Diffusion.sample).
         """
         f = self.guided(z_i, tokens, guidance)
-        return self.diffusion.sample(f, noise(), steps, eta, noise, clip=True, trace=trace)
+        return self.diffusion.sample(f, noise(), steps, eta, noise, clamp=True, trace=trace)
 
 
 # ---- The upsampler -----------------------------------------------------------------------------
@@ -250,10 +251,11 @@ class Upsampler(nn.Module):
     """A larger picture from a small one (sec. 2.1): convolutions only, no caption, no guidance.
 
     What is to be seen is decided by then: the paper found that a caption does not help here. A
-    convolution does the same at every place, whatever the size of the picture. So it trains on
-    crops, half of the side (the paper: a quarter), and is applied to whole pictures; attention
-    would meet more places than it was trained on. In training the small picture is slightly
-    corrupted, because what the decoder draws is not as clean as a render.
+    convolution does the same at every place, whatever the size of the picture (GroupNorm alone
+    looks at all of it). So it trains on crops, half of the side (the paper: a quarter), and is
+    applied to whole pictures; attention would meet more places than it was trained on. In training
+    the small picture is slightly corrupted, because what the decoder draws is not as clean as a
+    render.
     differs from the paper: the UNet's answer is added to the v that belongs to x_0 = the enlarged
     picture. That picture is nearly right, and a network alone would copy it only roughly.
     """
@@ -291,7 +293,7 @@ class Upsampler(nn.Module):
         shape."""
         enlarged = self.enlarge(low)
         f = lambda x_t, t: self(x_t, t, enlarged)
-        return self.diffusion.sample(f, noise(), steps, eta, noise, clip=True)
+        return self.diffusion.sample(f, noise(), steps, eta, noise, clamp=True)
 
 
 def corrupt(low, rand, noise):

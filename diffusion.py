@@ -1,7 +1,7 @@
 """Noise and its reversal: the one diffusion process of the prior, the decoder and the upsampler.
 
-The paper diffuses embeddings (sec. 2.2) and pixels (sec. 2.1) with one cosine schedule, only its
-last upsampler with a linear one. So does this file. It knows no network: a model comes in as a
+The paper diffuses embeddings (sec. 2.2) and pixels (sec. 2.1) with one cosine schedule, all but its
+last upsampler; here it serves for everything. This file knows no network: a model comes in as a
 function f(x_t, t), and x is any tensor whose first axis counts samples, vectors (B, D) as well as
 images (B, C, H, W).
 
@@ -101,11 +101,11 @@ class Diffusion(nn.Module):
         return times[::-1]
 
     @torch.no_grad()
-    def sample(self, f, x_T, steps, eta=1.0, noise=None, clip=False, trace=None):
+    def sample(self, f, x_T, steps, eta=1.0, noise=None, clamp=False, trace=None):
         """Follow f from the noise x_T (B, …) back to data x_0 (B, …), in 1..T steps.
 
         eta 1 is DDPM's ancestral sampling, eta 0 is DDIM, which is deterministic (Song et al.
-        2021). noise(): fresh standard normal noise like x_T, needed if eta > 0. clip: every
+        2021). noise(): fresh standard normal noise like x_T, needed if eta > 0. clamp: every
         estimate of x_0 is kept in [-1, 1], where pixels are. trace(t, x_t, x_0) is called at each
         step.
         """
@@ -114,7 +114,7 @@ class Diffusion(nn.Module):
             ts = torch.full((len(x_t),), t, device=x_t.device)
             x_0, eps = self.x_0_and_eps(f(x_t, ts).float(), x_t, ts)
             ab_t, ab_s = self.alphas_bar[t].item(), self.alphas_bar[s].item()
-            if clip:
+            if clamp:
                 x_0 = x_0.clamp(-1, 1)
                 eps = (x_t - math.sqrt(ab_t) * x_0) / math.sqrt(1 - ab_t)
             if trace:
@@ -172,15 +172,15 @@ def guided(f, s, conditions, nulls):
 
 
 class Noise:
-    """Standard normal noise in which every picture has a stream of its own.
+    """Standard normal noise in which every picture has a generator of its own.
 
-    Row i depends on (seed, indices[i], stream) alone, not on the batch, and is drawn on the CPU. So
-    a picture comes out the same in any batch and on any device, up to rounding.
+    Row i depends on (seed, indices[i], purpose) alone, not on the batch, and is drawn on the CPU.
+    So a picture comes out the same in any batch and on any device, up to rounding.
     """
 
-    def __init__(self, seed, indices, shape, stream="", device="cpu"):
+    def __init__(self, seed, indices, shape, purpose="", device="cpu"):
         self.shape, self.device = shape, device
-        hashes = [hashlib.sha256(f"{seed}/{i}/{stream}".encode()).digest()[:7] for i in indices]
+        hashes = [hashlib.sha256(f"{seed}/{i}/{purpose}".encode()).digest()[:7] for i in indices]
         self.generators = [torch.Generator().manual_seed(int.from_bytes(h, "big")) for h in hashes]
 
     def __call__(self):

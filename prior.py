@@ -55,7 +55,8 @@ class DiffusionPrior(nn.Module):
         super().__init__()
         self.config = c = config
         # x_0, here z_i: the paper found this better than comparing eps, and gives no reason.
-        # power=2: more of a sampler's times are near 0, where axes of small variance are decided.
+        # power=2: more of a sampler's times are near 0, where the axes are decided that whitening
+        # leaves small.
         self.diffusion = Diffusion(objective="x_0", power=2)
         self.token = nn.Embedding(c.vocab, c.width)
         self.position = nn.Parameter(torch.randn(c.context + 4, c.width) * 0.02)
@@ -72,7 +73,7 @@ class DiffusionPrior(nn.Module):
 
     def forward(self, z_i_t, t, z_t, tokens):
         """The network f: z_i_t (B, D) noised, t (B,), z_t (B, D), tokens (B, L) → v (B, D)."""
-        B, L = tokens.shape
+        B, L = tokens.shape             # the factors make coordinates of about 1, as others are
         text = self.token(tokens)                                             # (B, L, width)
         z_t = self.z_t(z_t * self.config.dim ** 0.5)[:, None]                 # (B, 1, width)
         time = self.time(timestep_embedding(t, self.config.width))[:, None]   # (B, 1, width)
@@ -170,7 +171,7 @@ class ARPrior(nn.Module):
     alone, and then it asks for a good fit. The mask is the same: each position sees itself and what
     stands before it, and its target is the next symbol.
     differs from the paper: 99 % of the variance of whitened z_i, not of z_i as it is. Where solids
-    stand is in the axes of small variance.
+    stand is in axes that hold little of the plain variance.
     """
 
     def __init__(self, config):

@@ -97,7 +97,7 @@ MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os,
 # ---- The loop ------------------------------------------------------------------------------------
 
 def train(run):
-    """Train one stage to its end, or until a signal stops it; True if it is finished."""
+    """Train one stage to its end, or until a signal stops it; True if it ended by itself."""
     if run.saved and run.saved["step"] == run.recipe.steps and run.files["pt"].exists():
         run.say(f"finished already: {run.files['pt']}; --restart begins anew")
         return True
@@ -125,7 +125,7 @@ def train(run):
             state.optimizer.step()
             state.step += 1
             state.update_ema()
-            state.sums += torch.stack([loss.detach(), norm])    # not read: a GPU would wait
+            state.sums += torch.stack([loss.detach(), norm])    # to read them now would stop a GPU
             state.seconds = time.monotonic() - began
             bar.update()
             if state.step % math.ceil(r.steps / LOG_ROWS) == 0 or state.step == r.steps:
@@ -205,7 +205,7 @@ def validate(run, ema, pairs):
                   for _ in range(math.ceil(VALIDATION_DRAWS / n))]
         yield "validation", torch.stack(losses).mean().item()
         for name, i in pairs.groups.items() if run.stage == "decoder" else ():
-            b = pairs.batch(i, pairs.row[i, 0], torch.zeros_like(i))
+            b = pairs.batch(i, pairs.text_of[i, 0], torch.zeros_like(i))
             for t in (100, 300, 500, 700, 900):
                 g, ts = torch.Generator(run.device).manual_seed(t), torch.full_like(i, t)
                 eps = torch.randn(b.x.shape, device=run.device, generator=g)
@@ -224,10 +224,10 @@ def picture_to_watch(run, model, pairs):
         low = to_float(pairs.small[:8])
         drawn = [model.enlarge(low), model.sample(low, noise)]
     elif run.stage == "decoder":                     # of their z_i alone, or captions alone
-        tokens = pairs.tokens[pairs.row[:8, 0]] if run.args.text_only else None
+        tokens = pairs.tokens[pairs.text_of[:8, 0]] if run.args.text_only else None
         drawn = [model.sample(run.clip.whiten(pairs.z_i[0, :8]), tokens, noise, **quickly)]
     elif run.clip and run.decoder:                   # of their captions
-        unclip, tokens = UnCLIP(run.clip, run.decoder), pairs.tokens[pairs.row[:8, 0]]
+        unclip, tokens = UnCLIP(run.clip, run.decoder), pairs.tokens[pairs.text_of[:8, 0]]
         unclip.parts[run.part], kind = model, "ar" if run.part == "ar_prior" else "diffusion"
         z_i = unclip.draw_z_i(tokens, 0, rows, prior=kind)
         drawn = [unclip.draw_x(z_i, tokens, 0, rows, **quickly)]
@@ -265,7 +265,7 @@ class Pairs:
     """Pictures with captions, on the device as a whole: a batch is an index.
 
     Captions repeat: 60,000 pictures have far fewer different ones. So tokens and z_t are kept once
-    for each, and a picture keeps the rows of its own. CLIP is frozen, so that z_i and z_t are
+    for each, and a picture keeps the numbers of its own. CLIP is frozen, so that z_i and z_t are
     computed here, once; of z_i there is a view for mirrored pictures too, where these may be.
     small: for the upsampler, the same pictures in the size in which the decoder learns them. An
     area mean of large ones would be cleaner than what the decoder draws.
@@ -276,10 +276,10 @@ class Pairs:
         self.images, self.flips = dataset.images.to(device), dataset.flips         # (N, 3, H, W)
         self.small = small and small.images.to(device)                     # (N, 3, H/4, W/4)
         self.texts = sorted({y for ys in dataset.captions for y in ys})
-        row, most = {y: k for k, y in enumerate(self.texts)}, max(map(len, dataset.captions))
+        place, most = {y: k for k, y in enumerate(self.texts)}, max(map(len, dataset.captions))
         self.count = torch.tensor([len(ys) for ys in dataset.captions], device=device)      # (N,)
-        self.row = torch.tensor([[row[y] for y in ys] + [0] * (most - len(ys))
-                                 for ys in dataset.captions], device=device)       # (N, most)
+        self.text_of = torch.tensor([[place[y] for y in ys] + [0] * (most - len(ys))
+                                     for ys in dataset.captions], device=device)   # (N, most)
         if clip:                           # (texts, L), (views, N, D), (texts, D)
             self.tokens, self.z_i, self.z_t = self.embeddings()
         elif tokenizer:
@@ -314,14 +314,14 @@ class Pairs:
         device = self.images.device
         i = torch.randint(len(self.images), (n,), device=device, generator=generator)
         u = torch.rand(2, n, device=device, generator=generator)
-        row = self.row[i, (u[0] * self.count[i]).long()]
-        b = self.batch(i, row, ((u[1] < 0.5) & self.flips).long())
+        text = self.text_of[i, (u[0] * self.count[i]).long()]
+        b = self.batch(i, text, ((u[1] < 0.5) & self.flips).long())
         if self.shift:
             b.x = shifted(b.x, generator)
         return b
 
-    def batch(self, i, row, mirrored):
-        """Pictures i with the captions row, mirrored where that is 1, all (n,) → an object with
+    def batch(self, i, text, mirrored):
+        """Pictures i with the captions `text`, mirrored where that is 1, all (n,) → an object with
         x (n, 3, H, W), tokens (n, L), z_i (n, D) whitened, z_t (n, D), and dot (n,) = z_i·z_t.
         For the upsampler low (n, 3, H/4, W/4), the same pictures small."""
         def pictures(images):
@@ -331,9 +331,9 @@ class Pairs:
         if self.small is not None:
             b.low = pictures(self.small)
         if self.tokenizer:
-            b.tokens = self.tokens[row]
+            b.tokens = self.tokens[text]
         if self.clip:
-            z_i, b.z_t = self.z_i[mirrored, i], self.z_t[row]
+            z_i, b.z_t = self.z_i[mirrored, i], self.z_t[text]
             b.z_i, b.dot = self.clip.whiten(z_i), (z_i * b.z_t).sum(-1)
         return b
 
@@ -356,7 +356,8 @@ def shifted(x, generator, most=4):
 
 
 def build(run, pairs):
-    """The part as training starts: random, a function of the seed alone, or as --init has it."""
+    """The part as training starts: random, by the seed, or as --init has it; the AR prior's codes
+    are of these pairs."""
     (kind, config), options = KINDS[run.part], dict(SIZES[run.args.size][run.stage])
     if run.stage in ("clip", "decoder"):
         options["image_size"] = run.image_size
@@ -388,7 +389,7 @@ def build(run, pairs):
         if len(z_i) < model.config.buckets:
             raise ValueError(f"{len(z_i)} pictures can't fill {model.config.buckets} buckets; give "
                              f"more, or a larger --limit")
-        z_t = pairs.z_t[pairs.row[:, 0]].repeat(len(pairs.z_i), 1)
+        z_t = pairs.z_t[pairs.text_of[:, 0]].repeat(len(pairs.z_i), 1)
         model.fit(run.clip.whiten(z_i), (z_i * z_t).sum(-1))
     return model.train()
 
@@ -396,7 +397,8 @@ def build(run, pairs):
 # ---- A run and its files -------------------------------------------------------------------------
 
 class Run:
-    """One stage's settings and files. To make one checks all that can be checked at once."""
+    """One stage's settings and files. Whatever can be checked before training is checked when one
+    is made."""
 
     def __init__(self, stage, args):
         self.stage, self.args = stage, args
@@ -475,7 +477,8 @@ class Run:
 
 
 class State:
-    """All that training changes: fresh, or as it was saved."""
+    """All that training changes: fresh, or as it was saved. Random numbers come from `generator`,
+    the learning rate from `step`. So on the same machine a stopped run goes on, bit for bit."""
 
     def __init__(self, run, model):
         r = run.recipe

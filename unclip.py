@@ -5,9 +5,10 @@ Text-Conditional Image Generation with CLIP Latents", arXiv 2204.06125).
 
 The paper's idea (sec. 2): a picture x has exactly one CLIP image embedding z_i, so p(x | y) =
 p(x, z_i | y) = p(x | z_i, y) p(z_i | y). A *prior* draws an embedding that fits the caption. A
-*decoder* draws a picture that has this embedding. z_i says what matters in a picture, and x_T, the
-noise that the picture is drawn from, says the rest. With the two, pictures can also be
-reconstructed, varied, interpolated, and edited by their captions (sec. 3).
+*decoder* draws a picture that has this embedding. z_i says what matters in a picture, and noise
+says the rest. Where none is added on the way, all of it is in x_T, the noise at the start. With z_i
+and x_T, pictures can also be reconstructed, varied, interpolated, and edited by their captions
+(sec. 3).
 
 Reading order: unclip, diffusion, clip_tiny, prior, decoder, which are the paper; then train,
 sample, shapes, data, judge, evaluate, checkpoints.
@@ -29,7 +30,8 @@ class UnCLIP:
 
     Every part but CLIP may be None. All that is random is a function of the seed and of a picture's
     row, its index within its prompt. CLIP is frozen: it is no sub-module of the others, so their
-    training can't change it, and its embeddings can be computed once and kept.
+    training can't change it, and its embeddings can be computed once and kept. Here z_i has unit
+    norm; the other parts are shown it whitened, each axis divided by its spread (CLIP.whiten).
     """
 
     def __init__(self, clip, decoder=None, prior=None, ar_prior=None, upsampler=None):
@@ -74,7 +76,7 @@ class UnCLIP:
         """The work in portions: tokens (batch, L), each picture's row, and its place in the result.
 
         Each portion has `batch` pictures; the last is filled up with copies. Rounding depends on
-        the shape of a batch. So a picture would otherwise change a little with their number.
+        the size of a batch, so a picture would otherwise depend on how many others are drawn.
         """
         tokens = [self.clip.tokenizer([caption]).to(self.device) for caption in captions]
         work = sorted((tokens[k].shape[1], k, row)
@@ -91,8 +93,9 @@ class UnCLIP:
         """Captions (B, L) → z_i (B, D), unit norm, by the prior named; None by "none".
 
         options go to the prior's `sample`. candidates: how many z_i the diffusion prior draws for
-        each caption; the one with the largest z_i·z_t is kept. The paper draws two. Its AR prior
-        needs no choice: a large z_i·z_t is one of its inputs (sec. 2.2).
+        each caption; the one with the largest z_i·z_t is kept. It fits its caption better, at the
+        price of some variety. The paper draws two. Its AR prior needs no choice: a large z_i·z_t is
+        one of its inputs (sec. 2.2).
         """
         if prior == "none":
             return None
@@ -107,11 +110,11 @@ class UnCLIP:
         if prior == "ar":
             generators = Noise(seed, rows, (), "ar prior").generators
             return self.clip.unwhiten(model.sample(z_t, tokens, generators, **options))
-        streams = [f"{row}.{c}" for c in range(candidates) for row in rows]
-        noise = Noise(seed, streams, z_t.shape[1:], "prior", self.device)
+        indices = [f"{row}.{c}" for c in range(candidates) for row in rows]
+        noise = Noise(seed, indices, z_t.shape[1:], "prior", self.device)
         y = z_t.repeat(candidates, 1), tokens.repeat(candidates, 1)
         z_i = model.sample(*y, noise, **options)
-        z_i = self.clip.unwhiten(z_i).unflatten(0, (candidates, -1))             # (2, B, D)
+        z_i = self.clip.unwhiten(z_i).unflatten(0, (candidates, -1))             # (…, B, D)
         best = (z_i * z_t).sum(-1).argmax(dim=0)                                 # (B,)
         return z_i[best, torch.arange(len(best), device=self.device)]
 
@@ -131,10 +134,10 @@ class UnCLIP:
         return in_portions(len(x), lambda i: upsampler.sample(
             x[i], Noise(seed, [rows[k] for k in i], shape, "upsampler", self.device)))
 
-    def noise(self, seed, rows, stream):
+    def noise(self, seed, rows, purpose):
         """Noise for pictures of the decoder's size, to start from and to add on the way."""
         size = self.part("decoder").config.image_size
-        return Noise(seed, rows, (3, size, size), stream, self.device)
+        return Noise(seed, rows, (3, size, size), purpose, self.device)
 
     # ---- Manipulating (sec. 3) ---------------------------------------------------------------
     # By default nothing is guided here, and nothing clipped on the way, or a latent would not lead
@@ -150,7 +153,8 @@ class UnCLIP:
 
     @torch.no_grad()
     def decode(self, z_i, x_T, steps=50, eta=0.0, noise=None, guidance=1.0):
-        """z_i and x_T → pictures. With eta 0, guidance 1 and the same steps, it undoes `latent`.
+        """z_i and x_T → pictures. With eta 0, guidance 1 and the same steps, it almost
+        undoes `latent`.
 
         noise: a diffusion.Noise with a row for each picture, needed if eta > 0.
         """
@@ -190,9 +194,9 @@ class UnCLIP:
     def edit(self, x, to, base="a photo", n=7, theta=0.5, steps=50, guidance=1.0):
         """A text diff (sec. 3.3): n pictures from x (1, 3, H, W) towards the caption `to`.
 
-        z_i turns towards norm(z_t − z_t0) by a fraction that rises from 0 to theta, in the paper
-        0.25 to 0.5. z_t0 belongs to the picture's present caption, or to a dummy such as "a photo".
-        x_T stays that of x.
+        z_i turns towards norm(z_t − z_t0) by a fraction that rises from 0 to theta; the paper
+        chooses a theta from 0.25 to 0.5. z_t0 belongs to the picture's present caption, or to a
+        dummy such as "a photo". x_T stays that of x.
         """
         z_d = self.text_diff([to], [base])
         z_i, x_T = self.latent(x, steps)

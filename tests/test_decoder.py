@@ -101,8 +101,9 @@ def test_a_text_only_decoder_reads_the_caption_alone_and_its_unet_is_as_large():
     assert torch.equal(ask(model, z_i=OTHER_Z_I), ask(model, z_i=0 * Z_I))
     assert not torch.allclose(ask(model, tokens=TOKENS[1:]), ask(model), atol=1e-5)
     for part in "unet", "text":
-        shapes = [[p.shape for p in getattr(some, part).parameters()] for some in (model, decoder())]
-        assert shapes[0] == shapes[1]
+        its, ours = ([p.shape for p in getattr(some, part).parameters()]
+                     for some in (decoder(), model))
+        assert its == ours
 
 
 def test_guidance_is_the_null_plus_s_times_the_difference_and_none_is_the_null():

@@ -136,7 +136,7 @@ def test_clipping_keeps_estimates_in_range_and_corrects_eps_to_fit_x_t():
     three = lambda x_t, t: as_v(torch.full_like(x_t, 3.0), x_t, t)   # x_0 = 3, which no pixel is
     x_T, path, times = normal(100, 1)(), [], PROCESS.timesteps(10)
     assert PROCESS.sample(three, x_T, 10, eta=0.0).min() > 2.9
-    x = PROCESS.sample(three, x_T, 10, 0.0, clip=True, trace=lambda *step: path.append(step))
+    x = PROCESS.sample(three, x_T, 10, 0.0, clamp=True, trace=lambda *step: path.append(step))
     assert torch.allclose(x, torch.ones_like(x), atol=1e-3)
     assert [t for t, _, _ in path] == times[:-1] and all((x_0 == 1).all() for _, _, x_0 in path)
     t, s = (PROCESS.alphas_bar[times[k]].item() for k in (5, 6))
@@ -186,7 +186,7 @@ def test_each_iteration_of_the_inversion_adds_one_order_of_accuracy(iterations, 
 def test_inversion_gives_noise_and_the_data_back_but_not_with_clipping_other_steps_or_noise():
     right = error_of_return()
     assert right < 0.002
-    assert error_of_return(clip=True) > 5 * right
+    assert error_of_return(clamp=True) > 5 * right
     assert error_of_return(back=25) > 5 * right
     assert error_of_return(eta=0.5, noise=normal(500, 4)) > 5 * right
     x_T = PROCESS.invert(gaussian(), MEAN + STD * normal(2000, 4)(), 200)
@@ -204,15 +204,15 @@ def test_a_row_of_noise_is_the_same_bits_in_any_batch_at_each_call_and_in_a_choi
         assert torch.equal(some(), among()[[2, 2, 1]])
 
 
-def test_noise_is_standard_normal_fresh_at_each_call_and_other_for_another_seed_index_or_stream():
+def test_noise_is_standard_normal_fresh_at_each_call_and_other_for_another_seed_index_or_purpose():
     before = torch.random.get_rng_state()
     noise = Noise(7, range(100), (100,), "a")
     first, second = noise(), noise()
     assert torch.equal(before, torch.random.get_rng_state())         # the global one is left alone
     assert abs(first.mean()) < 0.05 and abs(first.std() - 1) < 0.05
     assert abs((first * second).mean()) < 0.05
-    for seed, index, stream in (8, 3, "a"), (7, 103, "a"), (7, 3, "b"), (73, "", "a"):
-        other = Noise(seed, [index], (100,), stream)()
+    for seed, index, purpose in (8, 3, "a"), (7, 103, "a"), (7, 3, "b"), (73, "", "a"):
+        other = Noise(seed, [index], (100,), purpose)()
         assert not torch.isclose(first, other, atol=1e-7).all(dim=1).any()
 
 
