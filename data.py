@@ -1,4 +1,4 @@
-"""Pictures with captions: the rendered shapes, CIFAR-10, COCO, or a folder of one's own.
+"""Pictures with captions: rendered shapes, signs, CIFAR-10, COCO, or a folder of one's own.
 
 A data set is one uint8 tensor (N, 3, H, W) and a list of captions for each picture. It lies in
 memory as a whole: a batch is an index, and no loader processes are needed. load() makes it.
@@ -11,6 +11,7 @@ import io
 import json
 import os
 import pickle
+import random
 import re
 import shutil
 import sys
@@ -26,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from shapes import RENDERER_VERSION, item, labels_of, render, write_safely
@@ -52,18 +53,18 @@ class Dataset:
         return len(self.images)
 
 
-DATASETS = ("shapes", "cifar10", "coco", "folder")
+DATASETS = ("shapes", "signs", "cifar10", "coco", "folder")
 SPLITS = ("train", "validation")
 
 
 def load(name, split, size=32, limit=None, data_dir=None, seed=0, cache=True):
-    """The data set `name` ("shapes", "cifar10", "coco" or "folder") → Dataset.
+    """The data set `name`, one of DATASETS → Dataset.
 
     split     "train" or "validation"
     size      height and width of the images, in pixels
     limit     how many images; None: all of them
-    data_dir  where the files lie; the rendered shapes need none
-    seed      of whatever is drawn at random: the shapes, or which images a limit keeps
+    data_dir  where the files lie; shapes and signs need none
+    seed      of whatever is drawn at random: shapes, signs, or which images a limit keeps
     cache     keep what took long to make in $UNCLIP_CACHE, or else in ~/.cache/unclip
     Raises ValueError or OSError, one line that says what to do.
     """
@@ -75,7 +76,8 @@ def load(name, split, size=32, limit=None, data_dir=None, seed=0, cache=True):
         raise ValueError(f"images of {size} pixels are too small: choose a size of 8 or more")
     if limit is not None and limit < 1:
         raise ValueError(f"a limit of {limit} leaves no images: choose 1 or more")
-    make = {"shapes": shapes, "cifar10": cifar10, "coco": coco, "folder": folder}[name]
+    make = {"shapes": shapes, "signs": signs, "cifar10": cifar10, "coco": coco,
+            "folder": folder}[name]
     return make(split, size, limit, data_dir, seed, cache)
 
 
@@ -168,6 +170,60 @@ def write_json(value):
 def read_json(tensor):
     """The inverse of `write_json`; of an empty tensor it is an empty list."""
     return json.loads(tensor.numpy().tobytes() or "[]")
+
+
+# ---- Signs: does unCLIP spell? ------------------------------------------------------------------
+# "A sign that says ..." is what the paper's unCLIP can't draw (sec. 7, Fig. 16).
+
+LETTERS, CONSONANTS, VOWELS = "abcdefghijklmnopqrstuvwxyz", "bcdfghjklmnprstvwz", "aeiou"
+
+
+def a_word(rng, unseen=False):
+    """Two syllables, as "miru": one of 8,100 words of four letters. About one in ten of them is
+    unseen: it occurs neither in training nor in validation."""
+    while True:
+        word = "".join(map(rng.choice, 2 * (CONSONANTS, VOWELS)))
+        if (hashlib.md5(word.encode()).digest()[0] < 26) == unseen:
+            return word
+
+
+def draw_sign(word, rng, size):
+    """A sign that says this word → uint8 (3, size, size). No caption tells colours and place."""
+    tint = lambda low, high: tuple(rng.randint(low, high) for _ in range(3))
+    image = Image.new("RGB", (256, 256), tint(170, 255))                  # then shrunk
+    draw, ink = ImageDraw.Draw(image), tint(0, 70)
+    left, top = rng.randint(0, 32), rng.randint(0, 112)
+    draw.rectangle([left + 100, top, left + 124, 256], tint(60, 130))     # the post
+    draw.rectangle([left, top, left + 223, top + 111], tint(150, 250))
+    for k, letter in enumerate(word):                                     # 7 pixels of 32 for each
+        draw.text((left + 28 + 56 * k, top + 56), letter, ink, font(), anchor="mm")
+    return square(image, size)
+
+
+@lru_cache
+def font():
+    return ImageFont.load_default(88)
+
+
+def signs(split, size, limit, data_dir, seed, cache):
+    """Signs with a word on each: 30,000 to train and 2,000 to validate, or `limit`."""
+    N = limit or {"train": 30_000, "validation": 2_000}[split]
+    rngs = [random.Random(f"signs/{seed}/{split}/{i}") for i in range(N)]
+    words, kept_as = list(map(a_word, rngs)), f"signs-v1-{split}-{size}px-seed{seed}-{N}.pt"
+    kept = read_cache(kept_as, {"images": torch.empty(0, 3, size, size, dtype=torch.uint8)})
+    if not (cache and kept and len(kept["images"]) == N):
+        kept = {"images": torch.stack([draw_sign(word, rng, size) for word, rng in zip(
+            tqdm(words, f"drawing {split} signs", delay=0.5), rngs)])}
+        if cache:
+            write_cache(kept_as, kept)
+    captions = [[f'a sign that says "{word}"', f'a photo of a sign that says "{word}"']
+                for word in words]
+    return Dataset(kept["images"], captions, {"letters": letters_of(words)}, [], flips=False)
+
+
+def letters_of(words):
+    """Words of four letters → (N, 4), indices into LETTERS."""
+    return torch.tensor([[LETTERS.index(letter) for letter in word] for word in words])
 
 
 # ---- Pictures in files --------------------------------------------------------------------------

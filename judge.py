@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from checkpoints import SHIPPED, load_part, save_part, say
-from data import load
+from data import LETTERS, a_word, draw_sign, letters_of, load
 from shapes import (COLOURS, RELATIONS, SHAPES, SIN, SIZES, Scene, Solid, labels_of, outline,
                     parse_caption, render, sample_scene, to_float)
 
@@ -28,13 +28,14 @@ from shapes import (COLOURS, RELATIONS, SHAPES, SIN, SIZES, Scene, Solid, labels
 @dataclass
 class JudgeConfig:
     """What the weights depend on."""
-    classes: int = 0             # how many classes of photos it tells apart; 0: it reads shapes
+    classes: int = 0             # how many classes of photos it tells apart; 0: none
+    letters: int = 0             # how many letters of a sign it reads; 0, and no classes: shapes
 
 
 class Judge(nn.Module):
-    """Reads pictures of shapes: it answers what shapes.labels_of knows, that is the relation, and
-    for both solids shape, colour, size and position. With another config it classifies photos: it
-    has one head then, and other layers."""
+    """Reads pictures of shapes. Of what shapes.labels_of knows it answers the relation, and for
+    both solids shape, colour, size and position. With another config it has a single head: it reads
+    the letters of signs or, with other layers, it classifies photos."""
 
     HEADS = {"relation": (len(RELATIONS),), "shape": (2, len(SHAPES)), "colour": (2, len(COLOURS)),
              "size": (2, len(SIZES)), "position": (2, 2)}
@@ -42,7 +43,8 @@ class Judge(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config, self.clip_id = config, None
-        self.heads = {"class": (config.classes,)} if config.classes else self.HEADS
+        self.heads = {"class": (config.classes,)} if config.classes else \
+            {"letters": (config.letters, len(LETTERS))} if config.letters else self.HEADS
         self.body, features = photo_layers() if config.classes else shape_layers()
         self.head = nn.Linear(features, sum(map(math.prod, self.heads.values())))
 
@@ -150,25 +152,41 @@ def judge_scenes(N):
     return scenes
 
 
+def judge_signs(N):
+    """N signs to train a reader on, and their letters. Half of the words are unseen ones."""
+    rngs = [random.Random(f"reader/0/{i}") for i in range(N)]
+    words = [a_word(rng, unseen=rng.random() < 0.5) for rng in rngs]
+    drawn = zip(tqdm(words, "signs for the reader"), rngs)
+    return (torch.stack([draw_sign(word, rng, 32) for word, rng in drawn]),
+            {"letters": letters_of(words)})
+
+
+JUDGES = {"judge": (JudgeConfig(), "shapes", noisy, 1500),       # on which data, varied how, steps
+          "reader": (JudgeConfig(letters=4), "signs", noisy, 1500),
+          "classifier": (JudgeConfig(classes=10), "cifar10", moved, 5000)}
+
+
 def load_judge(folder, part="judge", device="cpu", data_dir=None):
-    """The "judge" or the "classifier" (of CIFAR-10) in a folder of weights, or the shipped one, or
-    one that is trained now, in minutes. Raises ValueError or OSError, in one line."""
-    shapes = part == "judge"
-    own, shipped = Path(folder) / f"{part}.pt", SHIPPED / ("shapes" if shapes else "cifar10")
-    for path in own, shipped / f"{part}.pt":
+    """A judge of JUDGES in a folder of weights, or the shipped one, or one that is trained now, in
+    minutes. Raises ValueError or OSError, in one line."""
+    config, dataset, vary, steps = JUDGES[part]
+    own, shipped = Path(folder) / f"{part}.pt", SHIPPED / dataset / f"{part}.pt"
+    for path in own, shipped:
         if path.exists():
             return load_part(path, device, {part: (Judge, JudgeConfig)})
-    say(f"{part}: neither {own} nor {path} is there; training one")
+    say(f"{part}: neither {own} nor {shipped} is there; training one")
     torch.manual_seed(0)
-    judge = Judge(JudgeConfig(0 if shapes else 10)).to(device)
-    if shapes:
+    judge = Judge(config).to(device)
+    if part == "judge":
         scenes = judge_scenes(20_000)
         pictures, labels = render(scenes, title="renders for the judge"), labels_of(scenes)
+    elif part == "reader":
+        pictures, labels = judge_signs(20_000)
     else:
         photos = load("cifar10", "train", data_dir=data_dir)
         pictures, labels = photos.images, photos.labels
-    train_judge(judge, pictures, labels, noisy if shapes else moved, 1500 if shapes else 5000)
-    save_part(own, part, judge, {"data": shipped.name, "seed": 0}, half=True)
+    train_judge(judge, pictures, labels, vary, steps)
+    save_part(own, part, judge, {"data": dataset, "seed": 0}, half=True)
     return judge
 
 
@@ -211,8 +229,9 @@ def wilson(right):
 
 
 def larger(a, b):
-    """bool (N,), bool (M,): is more of a true than of b, by more than the 95 % interval of the
-    difference (Agresti & Caffo 2000: a success and a failure are added to each)?"""
+    """bool (N,), bool (M,): is the share of what is true larger in `a` than in `b`, by more than
+    the 95 % interval of the difference (Agresti & Caffo 2000: a success and a failure are added
+    to each)?"""
     shares = [((x.sum() + 1) / (len(x) + 2)).item() for x in (a, b)]
     variance = sum(p * (1 - p) / (len(x) + 2) for p, x in zip(shares, (a, b)))
     return shares[0] - shares[1] > 1.96 * math.sqrt(variance)

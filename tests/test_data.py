@@ -5,8 +5,10 @@ More damaged files of theirs are in test_trust.py.
 import hashlib
 import json
 import os
+import random
 import shutil
 import tarfile
+from itertools import product
 
 import numpy as np
 import pytest
@@ -74,6 +76,7 @@ def test_blocks_of_shapes_serve_any_limit_and_only_what_is_missing_is_rendered(c
 def test_a_cache_file_that_is_damaged_or_holds_another_thing_is_made_anew(cache):
     root = write_coco(cache.parent / "coco", 2)
     for load in (lambda: data.load("shapes", "train", limit=1),
+                 lambda: data.load("signs", "train", limit=1),
                  lambda: data.load("coco", "train", data_dir=root)):
         first = load()
         file, = cache.iterdir()
@@ -96,6 +99,39 @@ def test_a_cache_that_cannot_be_written_is_told_once_and_the_run_goes_on(cache, 
     assert len(data.load("shapes", "train", limit=3)) == 3
     told = [line for line in capfd.readouterr().err.splitlines() if "UNCLIP_CACHE" in line]
     assert len(told) == 2 and str(cache) in told[0]
+
+
+# ---- Signs --------------------------------------------------------------------------------------
+
+def test_signs_say_their_word_in_dark_letters_on_a_light_board_in_any_size(cache):
+    small, large = (data.load("signs", "validation", size, limit=20) for size in (32, 64))
+    assert small.captions == large.captions and not small.flips
+    for image, texts, letters in zip(small.images, small.captions, small.labels["letters"]):
+        word = "".join(data.LETTERS[k] for k in letters)
+        assert texts == [f'a sign that says "{word}"', f'a photo of a sign that says "{word}"']
+        assert image.float().mean(0).amin() < 140 < image.float().mean()
+    halves = torch.nn.functional.avg_pool2d(large.images.float(), 2)
+    assert (halves - small.images.float()).abs().max() <= 1                  # each is rounded
+
+
+def test_another_word_changes_only_its_letters_and_the_rest_follows_the_generator():
+    a, b, c = (data.draw_sign(word, random.Random(seed), 32).float()
+               for word, seed in (("bato", 0), ("bamo", 0), ("bato", 1)))
+    changed = (a != b).any(0).nonzero()[:, 1]                                # columns
+    assert 0 < len(changed) and changed.max() - changed.min() <= 8           # of one letter
+    assert (a != c).float().mean() > 0.8
+
+
+def test_words_are_two_syllables_and_a_tenth_of_them_is_never_on_a_sign_of_the_data_set():
+    words = {c + v + d + w for c, d in product(data.CONSONANTS, repeat=2)
+             for v, w in product(data.VOWELS, repeat=2)}
+    rng = random.Random(0)
+    seen = {data.a_word(rng) for _ in range(20_000)}
+    unseen = {data.a_word(rng, unseen=True) for _ in range(5_000)}           # next to all there are
+    assert seen | unseen <= words and not seen & unseen and 0.08 < len(unseen) / len(words) < 0.12
+    for split in data.SPLITS:
+        texts = data.load("signs", split, size=8, limit=40, cache=False).captions
+        assert not {text[-1][-5:-1] for text in texts} & unseen
 
 
 # ---- CIFAR-10 -----------------------------------------------------------------------------------

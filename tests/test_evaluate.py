@@ -11,11 +11,11 @@ from conftest import ROOT, read
 from data import CIFAR_CLASSES, Dataset, class_captions
 from diffusion import Diffusion
 from evaluate import EXPERIMENTS, LINE_COLOURS, line_charts, main, table
-from judge import Judge, JudgeConfig, form, wilson
+from judge import JUDGES, Judge, form, wilson
 from unclip import UnCLIP
 
-CLAIMS = "accuracy two binding diversity reconstruct vary edit".split()
-REAL = {"cifar10": "cifar10", "overfit": "folder"}         # on these data; the others on shapes
+CLAIMS = "accuracy two binding diversity reconstruct vary edit spelling".split()
+OTHERS = {"spelling": "signs", "cifar10": "cifar10", "overfit": "folder"}
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +45,11 @@ def evaluated(weights, tiny_unclip, monkeypatch, tmp_path):
             if name != "upsampler":
                 patch.setattr(UnCLIP, "upsample", lambda self, x, *_: x.repeat_interleave(
                     2, 2).repeat_interleave(2, 3))
-            if name in REAL:
-                patch.setitem(tiny_unclip.clip.trained, "data", REAL[name])
+            if name in OTHERS:                           # the others are on shapes
+                patch.setitem(tiny_unclip.clip.trained, "data", OTHERS[name])
                 patch.setattr(evaluate, "load", photos)
-                patch.setattr(evaluate, "load_judge", lambda *_: Judge(JudgeConfig(10)).eval()
-                              .requires_grad_(False))
+                patch.setattr(evaluate, "load_judge", lambda _, part, *__: Judge(
+                    JUDGES[part][0]).eval().requires_grad_(False))
             argv = ["--only", name, "--n", n, "--weights", weights, "--out", tmp_path / "results"]
             assert main([str(a) for a in argv]) == 0
         return (tmp_path / "results" / "README.md").read_text(encoding="utf-8")

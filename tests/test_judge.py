@@ -1,5 +1,6 @@
 """judge.py: does each measure give the answer that is known, and does a judge learn to read?"""
 import math
+import random
 import shutil
 
 import pytest
@@ -8,9 +9,10 @@ import torch.nn.functional as F
 
 import judge as judges
 from checkpoints import SHIPPED
+from data import LETTERS, a_word
 from judge import (Judge, JudgeConfig, compare, energy_distance, entropy, first_guess, form,
-                   frechet, gradient_energy, judge_scenes, larger, load_judge, moved, psnr, ratio,
-                   same, scene_of, shares, spread, train_judge, wilson)
+                   frechet, gradient_energy, judge_scenes, judge_signs, larger, load_judge, moved,
+                   psnr, ratio, same, scene_of, shares, spread, train_judge, wilson)
 from shapes import (COLOURS, SHAPES, UNSEEN, item, labels_of, render, scenes_for, to_float,
                     to_uint8)
 
@@ -154,10 +156,16 @@ def test_what_is_wrong_is_told(asked, drawn, wrong):
 
 # ---- The judge -----------------------------------------------------------------------------------
 
-def test_a_judge_is_shown_the_unseen_pairs_too():
+def test_a_judge_is_shown_the_unseen_pairs_too_and_a_reader_the_unseen_words():
     pairs = {(s.colour, s.shape) for scene in judge_scenes(400) for s in scene.solids}
     trained = {(s.colour, s.shape) for i in range(400) for s in item("train", i)[0].solids}
     assert UNSEEN <= pairs and not UNSEEN & trained
+    images, labels = judge_signs(100)
+    assert images.shape == (100, 3, 32, 32) and labels["letters"].shape == (100, 4)
+    words = {"".join(LETTERS[k] for k in letters) for letters in labels["letters"]}
+    rng = random.Random(0)
+    unseen = {a_word(rng, unseen=True) for _ in range(5_000)}                # next to all there are
+    assert 30 < len(words & unseen) < 70
 
 
 def test_larger_pictures_are_read_as_their_area_means():
@@ -190,21 +198,23 @@ def test_pictures_are_moved_and_mirrored():
     assert len(views) == 50 and len(found) > 45
 
 
-def test_a_judge_is_trained_once_kept_and_a_wrong_one_refused(tmp_path, tiny_weights, monkeypatch,
-                                                              capsys):
+@pytest.mark.parametrize("part", ["judge", "reader"])
+def test_a_judge_is_trained_once_kept_and_a_wrong_one_refused(part, tmp_path, tiny_weights,
+                                                              monkeypatch, capsys):
     calls, train = [], train_judge
     monkeypatch.setattr(judges, "SHIPPED", tmp_path / "nothing shipped")
     monkeypatch.setattr(judges, "judge_scenes", lambda N, scenes=judge_scenes(20): scenes)
+    monkeypatch.setattr(judges, "judge_signs", lambda N, signs=judge_signs(20): signs)
     monkeypatch.setattr(judges, "train_judge", lambda judge, images, labels, vary, steps: (
         calls.append(steps), train(judge, images, labels, vary, 2, 8))[1])
     pictures = torch.randint(256, (5, 3, 32, 32)).byte()
-    first, second = (load_judge(tmp_path).read(pictures) for _ in range(2))
+    first, second = (load_judge(tmp_path, part).read(pictures) for _ in range(2))
     assert calls == [1500] and "training one" in capsys.readouterr().err
     for key, value in first.items():                              # it was kept in half precision
         assert torch.allclose(value.float(), second[key].float(), atol=0.05), key
-    shutil.copy(tiny_weights / "decoder.pt", tmp_path / "judge.pt")
-    with pytest.raises(ValueError, match="judge.pt: holds 'decoder', not 'judge'"):
-        load_judge(tmp_path)
+    shutil.copy(tiny_weights / "decoder.pt", tmp_path / f"{part}.pt")
+    with pytest.raises(ValueError, match=f"{part}.pt: holds 'decoder', not '{part}'"):
+        load_judge(tmp_path, part)
 
 
 def test_the_shipped_judge_reads_validation_renders():
