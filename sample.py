@@ -100,10 +100,11 @@ def write(args, drawn):
     """Write OUT/000.png … one by one, then OUT/grid.png; print the paths, and show some."""
     out, total, kept = Path(args.out), args.n * max(1, len(args.prompts)), {}
     for place, picture in tqdm(drawn, total=total, unit=" pictures", leave=False, disable=None):
+        if not kept:                                     # before they may be written over
+            given = [read_image(file, picture.shape[-1]) for file in args.files]
         write_png(out / f"{place:03d}.png", picture)
         if place < IN_GRID:
             kept[place] = picture
-    given = [read_image(file, picture.shape[-1]) for file in args.files]
     sheet = torch.stack([*given[:1], *(kept[k] for k in sorted(kept)), *given[1:]])   # A … B
     columns = len(sheet) if given else args.n
     write_png(out / "grid.png", picture_grid(sheet, min(columns, len(sheet))))
@@ -132,10 +133,10 @@ def write_steps(args, unclip):
               ("The result:", [to_uint8(a)[0] for a in results],
                [f"{a.shape[-1]} pixels" for a in results])]
     if z_i is not None and unclip.clip.trained["data"] == "shapes":
-        known = load("shapes", "train", limit=2000).images
+        known = load("shapes", "train", unclip.clip.config.image_size, 2000).images
         near = torch.cat([unclip.clip.encode_image(to_float(some).to(unclip.device)) @ z_i[0]
                           for some in known.split(250)]).topk(4)
-        strips.insert(0, ("The prior drew z_i. Of 2,000 training pictures, these are nearest:",
+        strips.insert(0, ("Of 2,000 training pictures, these are nearest to z_i:",
                           known[near.indices.cpu()], [f"z·z_i = {dot:.2f}" for dot in near.values]))
     sheet = Image.new("RGB", (800, 152 * len(strips) + 161), "white")
     pen, y = ImageDraw.Draw(sheet), 6

@@ -7,6 +7,7 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -123,6 +124,14 @@ def test_a_manipulation_writes_its_pictures_and_a_grid_that_begins_with_the_inpu
     assert len(notes(err)) == ("reconstruct" in line)             # its PSNR
 
 
+def test_a_picture_that_is_written_over_still_begins_the_grid(type_in):
+    given = read_image("a.png", 32).numpy()
+    shutil.copy("a.png", "000.png")
+    _, out, _ = type_in("--vary 000.png --n 2 --out .")
+    assert (array(out[-1])[:, :32].transpose(2, 0, 1) == given).all()
+    assert (array("000.png").transpose(2, 0, 1) != given).any()
+
+
 def test_frames_share_the_upsampler_s_noise_and_variations_do_not(type_in):
     for line, different in (("--vary a.png --n 3 --eta 0", 1), ("--vary a.png --n 3", 3),
                             ("--interpolate a.png a.png --n 3", 1)):
@@ -177,7 +186,7 @@ def test_a_grid_holds_the_first_thousand_pictures_and_says_so(type_in, monkeypat
 def test_show_writes_the_way_from_the_nearest_renders_to_the_picture(type_in, tiny_unclip,
                                                                      monkeypatch):
     images = torch.randint(256, (60, 3, 32, 32), dtype=torch.uint8)
-    monkeypatch.setattr(sample, "load", lambda *args, limit: SimpleNamespace(images=images))
+    monkeypatch.setattr(sample, "load", lambda *args: SimpleNamespace(images=images))
     status, out, _ = type_in('"a red cube" --n 1 --show --steps 8')
     assert status == 0 and out[-1] == "samples/steps.png"
     sheet = array(out[-1])
