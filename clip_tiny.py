@@ -326,5 +326,6 @@ class CLIP(nn.Module):
 def components_needed(variances, error=0.01):
     """The paper's rule (sec. 2.2): the fewest principal components that leave less than 1 % of the
     variance. variances (D,): along the principal axes, largest first."""
-    left = 1 - variances.double().cumsum(0) / variances.double().sum()
+    variances = variances.cpu().double()                             # MPS has no float64
+    left = 1 - variances.cumsum(0) / variances.sum()
     return int((left >= error).sum()) + 1

@@ -64,7 +64,7 @@ def same_bits(a, b):
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-def tiny_parts():
+def tiny_parts(side=32):
     """Every part, tiny and untrained, with one CLIP and its tokenizer: {part: model}."""
     from clip_tiny import CLIP, CLIPConfig, Tokenizer
     from decoder import Decoder, DecoderConfig, Upsampler, UpsamplerConfig
@@ -79,13 +79,13 @@ def tiny_parts():
     with torch.random.fork_rng():
         torch.manual_seed(0)
         parts = {
-            "clip": CLIP(CLIPConfig(**text, width=64, depth=1, dim=16)),
+            "clip": CLIP(CLIPConfig(**text, image_size=side, width=64, depth=1, dim=16)),
             "prior": DiffusionPrior(DiffusionPriorConfig(16, **text, width=32, depth=1)),
             "ar_prior": ARPrior(ARPriorConfig(16, **text, components=4, buckets=8, width=32,
                                               depth=1)),
-            "decoder": Decoder(DecoderConfig(16, **text, channels=(8, 32), blocks=(1, 1),
-                                             attention=(False, True), width=64, text_depth=1,
-                                             sketch_width=32)),
+            "decoder": Decoder(DecoderConfig(16, **text, image_size=side, channels=(8, 32),
+                                             blocks=(1, 1), attention=(False, True), width=64,
+                                             text_depth=1, sketch_width=32)),
             "upsampler": Upsampler(UpsamplerConfig(channels=(8, 8), blocks=(1, 1), width=16))}
         for part, model in parts.items():
             shake(model).eval().requires_grad_(False)

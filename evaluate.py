@@ -75,6 +75,11 @@ class Bench:
         """The priors whose weights are there."""
         return [name for name, part in PRIORS.items() if self.unclip.parts[part]]
 
+    @property
+    def side(self):
+        """The pictures of CLIP and the decoder have so many pixels a side."""
+        return self.unclip.clip.config.image_size
+
     def most(self, count):
         return min(count, self.n or count)
 
@@ -105,10 +110,11 @@ class Bench:
             y[i], self.seed, rows[i], prior, **options))
 
     def draw(self, captions, z_i, **how):
-        """A picture of each caption and z_i (N, D); None: of the caption alone."""
-        y, rows = self.tokens(captions), range(len(captions))
-        return self.portions("decoder", len(y), lambda i: to_uint8(self.unclip.draw_x(
-            None if z_i is None else z_i[i], y[i], self.seed, rows[i], **how)).cpu())
+        """A picture of each caption and z_i (N, D). One of them may be None: it is hidden."""
+        y = None if captions is None else self.tokens(captions)
+        N, some = len(z_i if y is None else y), lambda x, i: None if x is None else x[i]
+        return self.portions("decoder", N, lambda i: to_uint8(self.unclip.draw_x(
+            some(z_i, i), some(y, i), self.seed, range(N)[i], **how)).cpu())
 
     def latents(self, images, steps=50):
         """Pictures → z_i (N, D) and x_T (N, 3, H, W)."""
@@ -123,9 +129,13 @@ class Bench:
             self.unclip.decode(z_i[i], x_T[i], steps, eta, self.unclip.noise(
                 self.seed, rows[i], "variation"))).cpu())
 
-    def one_noise(self, N):
-        """The same x_T for N pictures."""
-        return self.unclip.noise(self.seed, [0], "decoder")().expand(N, -1, -1, -1)
+    def x_T(self, N):
+        """Noise to start N pictures from, the same at each call."""
+        return self.unclip.noise(self.seed, range(N), "decoder")()
+
+    def validation(self, limit, side=None):
+        """Renders like those that training validates on, but others."""
+        return load("shapes", "validation", side or self.side, limit, seed=1 + self.seed)
 
     def enlarged(self, images):
         """Pictures through the upsampler, if there is one."""
@@ -133,15 +143,15 @@ class Bench:
         return self.portions("upsampler", len(x), lambda i: to_uint8(self.unclip.upsample(
             x[i], self.seed, rows[i])).cpu(), size=16)
 
-    def renders(self, captions, size=32, first=0):
+    def renders(self, captions, side=None, first=0):
         """A render of each caption, which `first` and the caption's place choose."""
         scenes = [scenes_for(caption, 1, f"bench/{self.seed}/{first + i}")[0]
                   for i, caption in enumerate(captions)]
-        return render(scenes, size, "renders")
+        return render(scenes, side or self.side, "renders")
 
     def figure(self, name, images, columns, caption):
         """A figure of the page, small pictures enlarged."""
-        images = self.enlarged(images) if images.shape[-1] == 32 else images
+        images = self.enlarged(images) if images.shape[-1] == self.side else images
         write_png(self.out / f"{name}.png", picture_grid(images, columns))
         self.figures.append((name, caption))
 
@@ -183,24 +193,28 @@ def conditions(bench, captions):
         yield f"{name} prior", bench.draw(captions, z_i)
         yield f"{name} prior, unguided", bench.draw(few, z_i[:len(few)], guidance=1.0)
     yield "true z_i of the renders", bench.draw(few, bench.encode(renders[:len(few)]))
-    yield "z_t in place of z_i", bench.draw(few, bench.z_i(few, "text"))
+    yield "z_t in place of z_i", bench.draw(few, bench.z_t(few))
+    yield "z_t, along the main axes", bench.draw(few, bench.z_i(few, "text"))
     yield "caption only", bench.draw(few, None)
+    if bench.text_only:
+        yield "caption only, text-only decoder", bench.text_only.draw(few, None)
 
 
 def judge_itself(bench):
     """Can it be trusted?
 
-    It reads validation renders. Position: the centre of a solid's outline."""
-    split = load("shapes", "validation", limit=bench.most(2000))
+    It reads validation renders. Of two solids, what it says of both must be right. Position: the
+    centre of a solid's outline."""
+    split = bench.validation(bench.most(2000), side=32)
     seen, truth, rows = bench.judge.read(split.images), split.labels, []
     for name, count in ("one solid", 1), ("two solids", 2):
         k = truth["count"] == count
         off = (seen["position"] - truth["position"])[k, :count]
         rows.append({"renders of": name, "pictures": int(k.sum()),
                      "relation %": (seen["relation"] == truth["relation"])[k],
-                     **{f"{key} %": (seen[key] == truth[key])[k, :count]
+                     **{f"{key} %": (seen[key] == truth[key])[k].all(1)
                         for key in ("shape", "colour", "size")},
-                     "position, rms pixels": 16 * off.square().mean().sqrt().item()})
+                     "position, rms pixels": 16 * off.square().sum(-1).mean().sqrt().item()})
     return rows
 
 
@@ -208,7 +222,8 @@ def accuracy(bench):
     """One solid, as "a red cube": why a prior? (Sec. 5.1, Fig. 8.)
 
     How often are colour and shape what was asked for, as the judge sees them? All 32 pairs are
-    asked for equally often. Unseen: the four pairs that no training picture holds."""
+    asked for equally often. Unseen: the four pairs that no training picture holds. Main axes: those
+    along which z_t is like a z_i (CLIP.fit_axes)."""
     pairs = list(product(SHAPES, COLOURS)) * bench.most(32)
     captions, rows, all_right = [noun(colour, shape) for shape, colour in pairs], [], {}
     unseen = torch.tensor([(colour, shape) in UNSEEN for shape, colour in pairs])
@@ -227,11 +242,12 @@ def accuracy(bench):
             if wrong:
                 bench.figure("mistakes", x[wrong], 8, "Its first mistakes. They should be "
                              f"{', '.join(captions[i] for i in wrong)}.")
-    *_, z_t, nothing = all_right.values()
+    z_t = all_right["z_t in place of z_i"]
     for name in bench.priors:
         bench.claim("5.1", f"z_i by the {name} prior draw better than z_t in its place",
                     all_right[f"{name} prior"], z_t)
-    bench.claim("5.1", "z_t in place of z_i draws better than the caption alone", z_t, nothing)
+    bench.claim("5.1", "z_t in place of z_i draws better than the caption alone", z_t,
+                all_right["caption only"])
     return rows
 
 
@@ -328,15 +344,15 @@ def diversity(bench):
     """What does guidance cost? (Sec. 5.3, Fig. 9 to 11.)
 
     "a cube" leaves open its colour, its place and the floor. unCLIP draws z_i, which holds them,
-    before guidance acts. The text-only decoder learnt from captions alone, and has guidance alone.
-    Entropy: of the colours of what the judge calls a cube; 1: all are equally frequent. Spread: of
-    places and of the floor's tint, as a ratio to renders. Fréchet: the distance, in the judge's
-    features, from four times as many other renders. 32 steps."""
+    before guidance acts. The text-only decoder was trained on captions alone (weights/README.md
+    says from what it began), and has guidance alone. Entropy: of the colours of what the judge
+    calls a cube; 1: all are equally frequent. Spread: the standard deviation of places and of the
+    floor's tint, as a ratio to renders. Fréchet: the distance, in the judge's features, from four
+    times as many other renders; the first row is what so many pictures can reach. 32 steps."""
     N, judge, rows, lines, shown, rare = bench.most(256), bench.judge, [], {}, [], {}
     captions = ["a cube"] * N
     data = bench.renders(4 * captions, first=N)
-    features = lambda x: judge.body(bench.floats(x))
-    reference, known = features(data), first_guess(data, judge)
+    reference, known = judge.features(data), first_guess(data, judge)
 
     def measure(x):
         seen, guess = judge.read(x), first_guess(x, judge)
@@ -344,7 +360,7 @@ def diversity(bench):
         wide = lambda some: (spread(guess[k][:, some]) / spread(known[:, some])).sqrt().item()
         return {"cubes %": k, "entropy of colour": entropy(seen["colour"][k, 0], len(COLOURS)),
                 "spread of places": wide([0, 1]), "spread of floors": wide([6, 7, 8]),
-                "Fréchet distance": frechet(features(x), reference)}
+                "Fréchet distance": frechet(judge.features(x), reference)}
 
     rows.append({"pictures from": "renders", "pictures": N, **measure(bench.renders(captions))})
     decoders = {"diffusion prior": (bench, bench.z_i(captions))}
@@ -361,9 +377,9 @@ def diversity(bench):
         colours = judge.read(x)["colour"][rows[-1]["cubes %"], 0]
         rare[name] = colours != torch.bincount(colours, minlength=len(COLOURS)).argmax()
     if bench.text_only:
-        bench.claim("5.3", "guided by 6, unCLIP draws more cubes in another than the most frequent "
-                    "colour than a text-only decoder does", *(rare[name] for name in (
-                        "diffusion prior", "text-only decoder")))
+        bench.claim("5.3", "guided by 6, unCLIP draws a larger share of its cubes in another than "
+                    "their most frequent colour than a text-only decoder does",
+                    *(rare[name] for name in ("diffusion prior", "text-only decoder")))
     bench.figure("diversity", torch.cat(shown), 8, "\"a cube\" at guidance 1, 3 and 6, by "
                  f"{', '.join(decoders)}.")
     write_png(bench.out / "guidance.png", line_charts(lines))
@@ -375,8 +391,9 @@ def twice(bench):
     """What comes from z_i, and what from the noise? (Sec. 2 and 3.1.)
 
     "a cube": each of k z_i, by the diffusion prior, is drawn with each of k streams of noise in the
-    decoder. Of the variance of the k² pictures, as the judge reads them: the share of z_i, of the
-    noise, and of both together, where one changes what the other does."""
+    decoder, guided and with the caption, as always. Of the variance of the k² pictures, as the
+    judge reads them: the share of z_i, of the noise, and of both together, where one changes what
+    the other does. With 16 of each, a share may be off by a third."""
     k = bench.most(16)
     y, judge = ["a cube"] * k, bench.judge
     x = torch.cat([bench.draw(y, z_i.expand(k, -1)) for z_i in bench.z_i(y)])
@@ -416,10 +433,10 @@ def steps(bench):
 def clip(bench):
     """Is what it finds true? (App. C.)
 
-    For each validation picture the closest of all their captions, and for each caption the closest
-    picture. True: of the scene's attributes. Many captions are true of a picture ("a cube", "a
-    photo of a red cube")."""
-    split, rows = load("shapes", "validation", limit=bench.most(500)), []
+    For each validation picture the closest of their first captions, and for each caption the
+    closest picture. True: of the scene's attributes. Many captions are true of a picture ("a cube",
+    "a photo of a red cube")."""
+    split, rows = bench.validation(bench.most(500)), []
     texts = sorted({captions[0] for captions in split.captions})
     score = (bench.encode(split.images) @ bench.z_t(texts).T).cpu()              # (N, texts)
     true = torch.tensor([[is_true(text, split.labels, i) for text in texts]
@@ -441,8 +458,8 @@ def codes(bench):
     training renders. The paper's rule keeps the fewest axes that lose less than 1 % of the variance
     of z_i. But where solids stand is in the axes of small variance. So the prior's axes are those
     that the rule keeps of whitened z_i."""
-    train, z_i = (bench.encode(load("shapes", split, limit=bench.most(N)).images)
-                  for split, N in (("train", 5000), ("validation", 1000)))
+    train = bench.encode(load("shapes", "train", bench.side, bench.most(5000)).images)
+    z_i = bench.encode(bench.validation(bench.most(1000)).images)
     clip, rows = bench.unclip.clip, []
     views = {"raw": lambda z: z, "whitened": clip.whiten}
     for view, f in views.items():
@@ -467,7 +484,7 @@ def priors(bench):
     Energy distance: from the renders, as a ratio to that of a point at their mean, the best a
     regressor could do; for z_i as they are, and whitened. Own caption: of how many z_i the closest
     z_t is their caption's. Best of two, and dots from the upper half, are the defaults in drawing:
-    they trade spread for fit, on purpose. Intervals are over captions; of own caption, over z_i."""
+    they trade spread for fit, on purpose. Intervals are over captions."""
     captions = list(dict.fromkeys(item("validation", i)[1][0] for i in range(500)))[:bench.most(30)]
     n, rows = bench.most(128), []
     y, z_t = [y for y in captions for _ in range(n)], bench.z_t(captions)
@@ -483,7 +500,8 @@ def priors(bench):
                      "spread": ratio(spread(z_i), spread(real)),
                      **{f"energy distance, {key}": ratio(
                          energy_distance(f(real), f(z_i)), worst[key]) for key, f in views.items()},
-                     "own caption %": own, "z_t·z_i": (z_i * z_t[:, None]).sum(-1).mean().item()})
+                     "own caption, %": 100 * own.float().mean(1),
+                     "z_t·z_i": (z_i * z_t[:, None]).sum(-1).mean().item()})
 
     add("other renders of the caption", again)
     add("the mean of the caption's renders", point)
@@ -508,8 +526,8 @@ def upsampler(bench):
     sharpness (gradient energy, as a ratio) compare with renders of the same scenes at full size,
     and are told for area means of these, too: they are cleaner than small renders."""
     factor = bench.unclip.part("upsampler").config.factor
-    split, full = (load("shapes", "validation", side, limit=bench.most(200))
-                   for side in (32, 32 * factor))
+    split, full = (bench.validation(bench.most(200), side)
+                   for side in (bench.side, bench.side * factor))
     small, large, rows = split.images, full.images, []
     means = to_uint8(F.avg_pool2d(to_float(large), factor))
     drawn = bench.draw([captions[0] for captions in split.captions], bench.encode(small))
@@ -539,7 +557,7 @@ def upsampler(bench):
 def renders_and_others(bench, N, alone=True):
     """N validation renders, and for each another, whose first solid has neither the colour nor the
     shape: twice (pictures, labels). alone: only renders of one solid."""
-    split = load("shapes", "validation", limit=10 * bench.most(200))
+    split = bench.validation(10 * bench.most(200))
     pool = ((split.labels["count"] == 1) | torch.tensor(not alone)).nonzero()[:, 0]
     colour, shape = (split.labels[key][pool, 0] for key in ("colour", "shape"))
     fits = (colour[:N, None] != colour) & (shape[:N, None] != shape)             # (N, pool)
@@ -575,12 +593,11 @@ def reconstruct(bench):
     picture's first solid has neither the colour nor the shape: a decoder that draws it from this
     one's x_T uses z_i. White noise has std 1."""
     (images, labels), (others, theirs) = renders_and_others(bench, bench.most(200), alone=False)
-    z_i, x_T = bench.latents(images)
-    noise = bench.unclip.noise(bench.seed, range(len(images)), "decoder")()
+    (z_i, x_T), noise = bench.latents(images), bench.x_T(len(images))
 
     def measure(x, seen):
         decibels = psnr(x, images)
-        return {"PSNR, dB": decibels.median().item(),
+        return {"PSNR, dB, median": decibels.median().item(),
                 "its lowest tenth": decibels.quantile(0.1).item(),
                 "judged as itself %": same(seen, labels),
                 "judged as the other %": same(seen, theirs)}
@@ -590,8 +607,9 @@ def reconstruct(bench):
             ("the other's z_i, x_T", (bench.encode(others), x_T)))], measure)
     bench.strips("reconstruct", (images, *shown, others),
                  "Render, reconstruction, random x_T, the other's z_i, the other.")
-    bench.claim("3", "what is seen comes from z_i, not x_T: of the other's z_i and the own x_T the "
-                "other is drawn", rows[2]["judged as the other %"], rows[2]["judged as itself %"])
+    bench.claim("3", "what is seen comes from z_i, not x_T: z_i of a picture B with x_T of a "
+                "picture A gives B more often than A",
+                rows[2]["judged as the other %"], rows[2]["judged as itself %"])
     return rows
 
 
@@ -624,11 +642,11 @@ def interpolate(bench):
     """What lies between two pictures? (Sec. 3.2, Fig. 4.)
 
     From A to B, two renders of one solid, which differ in colour and in shape, along slerp of z_i.
-    x_T is slerped as well, or one noise serves all. Sharpness: gradient energy, as a ratio to that
-    of the renders."""
+    x_T is slerped as well, or one random x_T serves all seven. Sharpness: gradient energy, as a
+    ratio to that of the renders."""
     (images, labels), (others, theirs) = renders_and_others(bench, bench.most(200))
     (z_a, x_a), (z_b, x_b) = bench.latents(images), bench.latents(others)
-    noise = bench.one_noise(len(images))
+    noise = bench.x_T(len(images))
     sharp = (gradient_energy(images) + gradient_energy(others)) / 2
     measure = lambda x, seen: {"judged A %": same(seen, labels), "judged B %": same(seen, theirs),
                                "sharpness": ratio(gradient_energy(x), sharp)}
@@ -670,7 +688,8 @@ def edit(bench):
                                   for base, z_d, theta in ways], measure)
     bench.strips("edit", (images, *shown[:5]), "A render, and θ 0.1 to 0.5 from the present "
                  f"caption, to become {', '.join(to[:6])}.")
-    bench.claim("3.3", "a text diff (θ 0.5) changes what it names more often than another's does",
+    bench.claim("3.3", "a text diff (θ 0.5) changes what it names more often than the text diff of "
+                "another picture does",
                 *(torch.cat([row[key] for key in row if "changed" in key])
                   for row in (rows[4], rows[-1])))
     return rows
@@ -679,11 +698,11 @@ def edit(bench):
 def pca(bench):
     """What do the first principal axes of z_i hold? (Sec. 4, Fig. 7.)
 
-    z_i of validation renders on its first k axes, and the mean on the others, decoded from one
-    noise. The paper finds the coarse meaning first, and details later."""
+    z_i of validation renders on its first k axes, and the mean on the others, each decoded from the
+    same noise for every k. The paper finds the coarse meaning first, and details later."""
     (images, labels), _ = renders_and_others(bench, bench.most(200), alone=False)
     one, mean, z_i = labels["count"] == 1, bench.unclip.clip.mean, bench.encode(images)
-    noise, variances = bench.one_noise(len(images)), (z_i - mean).square().mean(0)
+    noise, variances = bench.x_T(len(images)), (z_i - mean).square().mean(0)
 
     def measure(x, seen):
         return {**{f"one solid, {key} %": (seen[key] == labels[key])[one].all(1)
@@ -711,14 +730,12 @@ def cifar10(bench):
     train, test = (load("cifar10", split, limit=bench.most(50_000), data_dir=bench.data_dir)
                    for split in ("train", "validation"))
     judge = load_judge(bench.weights, "classifier", bench.unclip.device, bench.data_dir)
-    features = lambda images: bench.portions("features", len(images), lambda i: judge.body(
-        bench.floats(images[i])))
-    reference, rows, n = features(train.images), [], bench.most(100)
+    reference, rows, n = judge.features(train.images), [], bench.most(100)
 
     def add(name, images, classes):
         rows.append({"pictures": name, "number": len(images),
                      "class right %": judge.read(images)["class"] == classes,
-                     "Fréchet distance": frechet(features(images), reference)})
+                     "Fréchet distance": frechet(judge.features(images), reference)})
 
     prompts = [class_captions(name)[0] for name in CIFAR_CLASSES]
     y, asked = [y for y in prompts for _ in range(n)], torch.arange(10).repeat_interleave(n)
@@ -743,16 +760,16 @@ def spelling(bench):
 
     Signs with a word of four letters, two syllables. Unseen: one word in ten, of which training has
     no sign. A reader, which learnt from signs with words of both kinds, reads each letter in its
-    place. From true z_i alone: what is left of a render when CLIP has seen it."""
+    place. From true z_i alone: with the caption hidden, what CLIP has seen of a render."""
     reader, n = load_judge(bench.weights, "reader", bench.unclip.device), bench.most(300)
-    rows, shown, whole, noise = [], [], {}, bench.unclip.noise(bench.seed, range(n), "decoder")()
+    rows, shown, whole = [], [], {}
     for kind, unseen in ("seen", False), ("unseen", True):
         rngs = [random.Random(f"spelling/{bench.seed}/{kind}/{i}") for i in range(n)]
         words = [a_word(rng, unseen) for rng in rngs]
-        x = torch.stack([draw_sign(word, rng, 32) for word, rng in zip(words, rngs)])
+        x = torch.stack([draw_sign(word, rng, bench.side) for word, rng in zip(words, rngs)])
         captions, z_i = [f'a sign that says "{word}"' for word in words], bench.encode(x)
         pictures = {"renders": x, "chance: renders, shuffled": x.roll(1, 0),
-                    "true z_i alone": bench.decode(z_i, noise),
+                    "true z_i alone": bench.draw(None, z_i),
                     "true z_i and caption": bench.draw(captions, z_i),
                     **{f"{name} prior": bench.draw(captions, bench.z_i(captions, name))
                        for name in bench.priors}, "caption only": bench.draw(captions, None)}
@@ -760,13 +777,13 @@ def spelling(bench):
             right = reader.read(drawn)["letters"] == letters_of(words)              # (n, 4)
             whole[name] = whole.get(name, []) + [right.all(1)]
             rows.append({"words": kind, "pictures from": name, "pictures": n,
-                         "words %": right.all(1), "letters %": right})
+                         "words %": right.all(1), "letters, %": 100 * right.float().mean(1)})
         shown += [drawn[:8] for name, drawn in pictures.items() if "chance" not in name]
     bench.figure("spelling", torch.cat(shown), min(8, n), "Seen words, then unseen ones. Rows: "
                  f"{', '.join(name for name in pictures if 'chance' not in name)}.")
-    bench.claim("7", "z_i does not hold how a word is spelt: a reader reads more words in renders "
-                "than in what is drawn from their z_i alone",
-                *(torch.cat(whole[name]) for name in ("renders", "true z_i alone")))
+    bench.claim("7", "z_i does not hold how a word is spelt: true z_i draw it better with the "
+                "caption than alone",
+                *(torch.cat(whole[name]) for name in ("true z_i and caption", "true z_i alone")))
     return rows
 
 
@@ -774,15 +791,14 @@ def overfit(bench):
     """Can a run on few pictures give them back from their z_i alone?
 
     Own closest: the share of results whose closest picture is their own."""
-    images = load(bench.unclip.clip.trained["data"], "train", limit=bench.most(100),
-                  data_dir=bench.data_dir).images
+    images = load(bench.unclip.clip.trained["data"], "train", bench.side, bench.most(100),
+                  bench.data_dir).images
     N = len(images)
-    x_T = bench.unclip.noise(bench.seed, range(N), "decoder")()
-    drawn = bench.decode(bench.encode(images), x_T)
+    drawn = bench.decode(bench.encode(images), bench.x_T(N))
     each = torch.stack([psnr(drawn, image) for image in images], 1)      # (results, pictures)
     bench.strips("overfit", (images, drawn), "Pictures, and what comes back.")
     return [{"pictures": N, "own closest %": each.argmax(1) == torch.arange(N),
-             "PSNR, dB": each.diagonal().median().item(),
+             "PSNR, dB, median": each.diagonal().median().item(),
              "to another": each.roll(1, 1).diagonal().median().item()}]
 
 
@@ -827,8 +843,8 @@ OTHERS = {"spelling": {"signs"}, "cifar10": {"cifar10"}, "overfit": {"coco", "fo
 HEAD = """# Results
 
 Written by `python evaluate.py`; an experiment that runs again replaces its own section. Shares are
-in %. A share is followed by its 95 % interval (Wilson), a mean by ± half of its interval. Every
-picture has noise of its own.
+in %. A share of pictures is followed by its 95 % interval (Wilson), a mean over pictures by ± half
+of its interval. Every picture has noise of its own, unless a table says otherwise.
 
 What the paper says, and whether it holds here, where the truth is known. It holds if the first
 share is larger than the second by more than chance explains (95 %), and does not if it is smaller
@@ -843,7 +859,8 @@ def mean(x):
     if not x.numel():
         return "–"
     if x.dtype != torch.bool:
-        return f"{x.mean():.3g} ± {1.96 * x.std() / len(x) ** 0.5:.2g}"
+        half = f" ± {1.96 * x.std() / len(x) ** 0.5:.2g}" if len(x) > 1 else ""
+        return f"{x.mean():.3g}{half}"
     low, high = wilson(x.flatten())
     return f"{100 * x.float().mean():.1f} ({100 * low:.1f}–{100 * high:.1f})"
 
@@ -897,7 +914,8 @@ def command(argv):
     add("--out", default=Path("results"), type=Path, metavar="DIR",
         help="gets README.md and its figures (default: %(default)s)")
     add("--seed", default=0, type=int, help="of all that is random (default: %(default)s)")
-    add("--n", type=int, help="no more than so many of anything: a quick look, for another --out")
+    add("--n", type=int, help="at most so many captions, or rounds of them: a quick look, for "
+        "another --out")
     add("--data-dir", help="where cifar10 (default: downloaded), coco or the folder is")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
         help="cpu, cuda or mps (default: %(default)s)")

@@ -50,7 +50,11 @@ class Judge(nn.Module):
 
     def forward(self, x):
         """x (B, 3, 32, 32) in [-1, 1] → logits (B, …) of each head, in the shape of the head."""
-        parts = self.head(self.body(x)).split([*map(math.prod, self.heads.values())], dim=1)
+        return self.answer(self.body(x))
+
+    def answer(self, features):
+        """The last layer alone: the body's features (B, C) → logits, as above."""
+        parts = self.head(features).split([*map(math.prod, self.heads.values())], dim=1)
         return {key: part.unflatten(1, self.heads[key]) for key, part in zip(self.heads, parts)}
 
     def loss(self, x, labels):
@@ -65,14 +69,18 @@ class Judge(nn.Module):
         return total
 
     @torch.no_grad()
-    def read(self, images, batch=500):
-        """uint8 (N, 3, H, W), H a multiple of 32 → what it sees, like labels_of."""
+    def features(self, images, batch=500):
+        """uint8 (N, 3, H, W), H a multiple of 32 → what its last layer decides on (N, C)."""
         device, H = self.head.weight.device, images.shape[-1]
         assert H % 32 == 0, f"pictures of {H} pixels have no whole area means of 32"
-        outs = [self(F.avg_pool2d(to_float(some.to(device)), H // 32))
-                for some in images.split(batch)]
-        seen = {key: torch.cat([out[key] for out in outs]).cpu() for key in self.heads}
-        seen = {key: v if key == "position" else v.argmax(-1) for key, v in seen.items()}
+        return torch.cat([self.body(F.avg_pool2d(to_float(some.to(device)), H // 32))
+                          for some in images.split(batch)])
+
+    @torch.no_grad()
+    def read(self, images):
+        """uint8 (N, 3, H, W), H a multiple of 32 → what it sees, like labels_of."""
+        seen = {key: v.cpu() if key == "position" else v.argmax(-1).cpu()
+                for key, v in self.answer(self.features(images)).items()}
         if "relation" in seen:
             alone = seen["relation"] == RELATIONS.index("alone")
             seen["count"] = 2 - alone.long()
@@ -225,7 +233,7 @@ def wilson(right):
     """bool (N,), N > 0 → the 95 % interval of the share of what is true (Wilson 1927)."""
     N, p, z = len(right), right.float().mean().item(), 1.96
     middle, half = p + z * z / (2 * N), z * math.sqrt(p * (1 - p) / N + (z / (2 * N)) ** 2)
-    return (middle - half) / (1 + z * z / N), (middle + half) / (1 + z * z / N)
+    return max(0, middle - half) / (1 + z * z / N), (middle + half) / (1 + z * z / N)
 
 
 def larger(a, b):

@@ -7,7 +7,7 @@ import torch
 from PIL import ImageColor
 
 import evaluate
-from conftest import ROOT, read
+from conftest import ROOT, read, tiny_parts
 from data import CIFAR_CLASSES, Dataset, class_captions
 from diffusion import Diffusion
 from evaluate import EXPERIMENTS, LINE_COLOURS, line_charts, main, table
@@ -56,7 +56,7 @@ def evaluated(weights, tiny_unclip, monkeypatch, tmp_path):
     return call
 
 
-def photos(name, split, limit, data_dir):
+def photos(name, split, size=32, limit=None, data_dir=None):
     """What data.load returns, with random pixels."""
     classes = torch.arange(limit) % 10
     return Dataset(torch.randint(256, (limit, 3, 32, 32)).byte(),
@@ -76,6 +76,13 @@ def test_an_experiment_writes_its_section_and_its_figures(name, evaluated, tmp_p
     assert "| nan" not in page and "| inf" not in page
     figures = [line.split("](")[1][:-1] for line in page.splitlines() if line.startswith("![")]
     assert sorted(figures) == sorted(file.name for file in (tmp_path / "results").glob("*.png"))
+
+
+def test_experiments_work_as_well_where_clip_and_decoder_have_64_pixels(evaluated, monkeypatch):
+    unclip = UnCLIP(**tiny_parts(side=64))
+    monkeypatch.setattr(UnCLIP, "load", lambda *_: unclip)
+    for name in "clip", "form", "reconstruct":
+        assert f"## {name}: " in evaluated(name, 2)
 
 
 def test_an_experiment_that_runs_again_replaces_its_own_section_alone(evaluated):
