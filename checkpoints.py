@@ -158,12 +158,13 @@ def load_parts(folder, device="cpu"):
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder of weights; "
                                 f"python train.py makes runs/shapes")
-    found = {part: load_part(folder / f"{part}.pt", device)
-             for part in PARTS if (folder / f"{part}.pt").exists()}
-    if not found:
+    there = [part for part in KINDS if (folder / f"{part}.pt").exists()]
+    if not there:
         raise FileNotFoundError(f"{folder}: no weights in it (clip.pt, decoder.pt, …); "
                                 f"python train.py makes them")
-    shipped = SHIPPED / next(iter(found.values())).trained["data"]
+    found = {part: load_part(folder / f"{part}.pt", device) for part in there if part in PARTS}
+    first = found.get(there[0]) or load_part(folder / f"{there[0]}.pt")
+    shipped = SHIPPED / first.trained["data"]
     if "clip" not in found and not (shipped / "clip.pt").exists():
         raise FileNotFoundError(f"{folder}: clip.pt is missing; "
                                 f"python train.py --stage clip makes it")
