@@ -213,7 +213,8 @@ def validate(run, ema, pairs):
                 v = ema(x_t, ts, b.z_i, b.tokens).float()
                 x_0, _ = ema.diffusion.x_0_and_eps(v, x_t, ts)
                 yield f"{name}_{t}", 1000 * F.mse_loss(x_0, b.x).item()
-            yield f"{name}_sketch", 1000 * ema.sketch_error(b.x, b.z_i).item()
+            if not run.args.text_only:                   # which hides z_i, and so has none
+                yield f"{name}_sketch", 1000 * ema.sketch_error(b.x, b.z_i).item()
 
 
 def picture_to_watch(run, model, pairs):
