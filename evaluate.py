@@ -370,7 +370,8 @@ def diversity(bench):
             x = model.draw(captions, z_i, guidance=s, steps=32)
             rows.append({"pictures from": name, "guidance": s, "pictures": N, **measure(x)})
             for key in ("cubes %", "entropy of colour", "Fréchet distance"):
-                line = lines.setdefault(key.replace(" %", ", share"), {}).setdefault(name, [])
+                title = key.replace(" %", ", share").replace("é", "e")    # which Pillow's font lacks
+                line = lines.setdefault(title, {}).setdefault(name, [])
                 line.append((s, torch.as_tensor(rows[-1][key]).float().mean().item()))
             if s in (1.0, 3.0, 6.0):
                 shown.append(x[:8])
