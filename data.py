@@ -210,8 +210,9 @@ def signs(split, size, limit, data_dir, seed, cache):
     N = limit or {"train": 30_000, "validation": 2_000}[split]
     rngs = [random.Random(f"signs/{seed}/{split}/{i}") for i in range(N)]
     words, kept_as = list(map(a_word, rngs)), f"signs-v1-{split}-{size}px-seed{seed}-{N}.pt"
-    kept = read_cache(kept_as, {"images": torch.empty(0, 3, size, size, dtype=torch.uint8)})
-    if not (cache and kept and len(kept["images"]) == N):
+    like = {"images": torch.empty(0, 3, size, size, dtype=torch.uint8)}
+    kept = read_cache(kept_as, like) if cache else None
+    if not kept or len(kept["images"]) != N:
         kept = {"images": torch.stack([draw_sign(word, rng, size) for word, rng in zip(
             tqdm(words, f"drawing {split} signs", delay=0.5), rngs)])}
         if cache:

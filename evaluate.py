@@ -370,8 +370,7 @@ def diversity(bench):
             x = model.draw(captions, z_i, guidance=s, steps=32)
             rows.append({"pictures from": name, "guidance": s, "pictures": N, **measure(x)})
             for key in ("cubes %", "entropy of colour", "Fréchet distance"):
-                title = key.replace(" %", ", share").replace("é", "e")    # which Pillow's font lacks
-                line = lines.setdefault(title, {}).setdefault(name, [])
+                line = lines.setdefault(key.replace(" %", ", share"), {}).setdefault(name, [])
                 line.append((s, torch.as_tensor(rows[-1][key]).float().mean().item()))
             if s in (1.0, 3.0, 6.0):
                 shown.append(x[:8])
@@ -820,7 +819,7 @@ def line_charts(charts, side=272):
         place = lambda x, y: (
             k * side + left + (x - x_0) / max(1e-9, x_1 - x_0) * (side - left - right),
             side - bottom - max(y, 0) / y_1 * (side - top - bottom))
-        draw.text((k * side + left, 6), title, "black")
+        draw.text((k * side + left, 6), title.replace("é", "e"), "black")    # the font lacks it
         draw.line([place(x_0, y_1), place(x_0, 0), place(x_1, 0)], "black")
         for text, (x, y), anchor in ((f"{y_1:.3g}", place(x_0, y_1), "rm"),
                                      ("0", place(x_0, 0), "rm"), (f"{x_0:g}", place(x_0, 0), "mt"),
