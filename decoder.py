@@ -226,7 +226,7 @@ class Decoder(nn.Module):
         return guided(self, guidance, (z_i, tokens), nulls)
 
     @torch.no_grad()
-    def sample(self, z_i, tokens, noise, guidance=2.5, steps=32, eta=1.0, trace=None):
+    def sample(self, z_i, tokens, noise, guidance=1.5, steps=32, eta=1.0, trace=None):
         """z_i (B, D) or None, tokens (B, L) or None → x (B, 3, H, W) in [-1, 1].
 
         noise(): (B, 3, H, W) standard normal, drawn once, and again at each step if eta > 0.
