@@ -2,8 +2,8 @@
 
 A part of unCLIP is one file, <part>.pt: a plain dict of numbers, strings and tensors, which torch
 reads without running any code in it. Priors and decoder belong to the one CLIP on whose embeddings
-they were trained. Each CLIP has an id, a random one and the step at which it was saved, which all
-copies of its file carry, and a part carries the id of its CLIP.
+they were trained. Each CLIP has an id: a random number and the step at which it was saved. Each
+copy of its file has the same id, and each part that was trained on it has it as clip_id.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from prior import ARPrior, ARPriorConfig, DiffusionPrior, DiffusionPriorConfig
 PARTS = {"clip": (CLIP, CLIPConfig), "prior": (DiffusionPrior, DiffusionPriorConfig),
          "ar_prior": (ARPrior, ARPriorConfig), "decoder": (Decoder, DecoderConfig),
          "upsampler": (Upsampler, UpsamplerConfig)}
-KINDS = PARTS | {"text_decoder": PARTS["decoder"]}      # the last only for evaluate.py to compare
+ALL_PARTS = PARTS | {"text_decoder": PARTS["decoder"]}  # the last only for evaluate.py to compare
 SHIPPED = Path(__file__).parent / "weights"
 FORMAT = 2
 
@@ -80,10 +80,10 @@ def save_part(path, part, model, trained, half=False):
     write_torch(path, checkpoint)
 
 
-def load_part(path, device="cpu", parts=KINDS):
+def load_part(path, device="cpu", parts=ALL_PARTS):
     """The model in <part>.pt, in eval mode, with .clip_id, .trained (and CLIP's .tokenizer).
 
-    parts: a table like KINDS. Raises ValueError or OSError, in one line that names the file, for
+    parts: a table like PARTS. Raises ValueError or OSError, in one line that names the file, for
     anything that is not a sound checkpoint of that part.
     """
     checkpoint, part = read_torch(path), Path(path).stem
@@ -158,7 +158,7 @@ def load_parts(folder, device="cpu"):
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder of weights; "
                                 f"python train.py makes runs/shapes")
-    there = [part for part in KINDS if (folder / f"{part}.pt").exists()]
+    there = [part for part in ALL_PARTS if (folder / f"{part}.pt").exists()]
     if not there:
         raise FileNotFoundError(f"{folder}: no weights in it (clip.pt, decoder.pt, …); "
                                 f"python train.py makes them")
@@ -176,7 +176,7 @@ def load_parts(folder, device="cpu"):
                              f" its CLIP sees {clip.config.image_size}; train the decoder again")
     for part in PARTS:
         path = shipped / f"{part}.pt"
-        if part not in found and path.exists() and folder.resolve() != shipped.resolve():
+        if part not in found and path.exists():
             model = clip if part == "clip" else load_part(path, device)
             if model.clip_id in (clip.clip_id, None):
                 found[part] = model
@@ -188,10 +188,12 @@ def load_parts(folder, device="cpu"):
 # What the command lines of train.py, sample.py and evaluate.py share.
 
 class Parser(argparse.ArgumentParser):
-    """argparse itself would print its whole usage for an error, and leave."""
+    """With --device. argparse itself would print its whole usage for an error, and leave."""
 
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, **options)
+        self.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                          help="cpu, cuda or mps (default: %(default)s)")
 
     def error(self, message):
         raise ValueError(f"{message}; see --help")
@@ -199,7 +201,7 @@ class Parser(argparse.ArgumentParser):
 
 @contextmanager
 def about(flag):
-    """Whatever is refused in here is told as a fault of this flag's value."""
+    """A ValueError or OSError in here becomes a ValueError that begins with this flag."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -232,8 +234,8 @@ def say(text):
 
 
 def run_command(name, command, argv=None):
-    """Call command(argv) → the exit status: its own or 0; 130 if it was stopped; 2 if it raised
-    what a user can mend, which is told in one line."""
+    """Call command(argv) → the exit status: what it returns, or 0; 130 if it was stopped; 2 if it
+    raised an error that a user can mend. That error is printed in one line."""
     for stream in (sys.stdout, sys.stderr):             # a console may lack a character, and the
         if hasattr(stream, "reconfigure"):              # name of a file may be no text at all
             raw = stream is sys.stdout and stream.encoding.lower() in ("utf-8", "utf8")

@@ -1,9 +1,9 @@
 """Text and image in one space: the tokenizer, the Transformer, and CLIP (paper, sec. 2 and app. C).
 
-CLIP is two encoders, trained so that a picture and its caption point in the same direction.
-Everything else in unCLIP hangs on its two outputs: z_i = encode_image(x) and z_t =
-encode_text(tokens). After CLIP's own training it is frozen: if it went on changing, z_i would
-change its meaning under the prior and the decoder.
+CLIP is two encoders, trained so that the embeddings of a picture and its caption point the same
+way. Priors and decoder depend on CLIP's two outputs: z_i = encode_image(x) and z_t =
+encode_text(tokens). CLIP is frozen after its own training: if it went on changing, z_i would no
+longer mean what the prior and the decoder have learnt.
 
 The Transformer built here also serves both priors and the decoder. Next chapter: prior.py.
 """
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 # ---- Tokenizer -------------------------------------------------------------------------------
 
 PAD, SOT, EOT = 0, 1, 2    # padding (0: tokens · 0 hides a caption), start and end of text
-BYTES = 3                                      # ids 3..258 are the 256 bytes; merges come after
+BYTES, MERGES = 3, 259     # ids 3..258 are the 256 bytes; those of merges begin at 259
 
 
 class Tokenizer:
@@ -36,7 +36,7 @@ class Tokenizer:
     def __init__(self, merges, words, context):
         self.merges, self.words, self.context = [tuple(m) for m in merges], set(words), context
         self.rank = {pair: k for k, pair in enumerate(self.merges)}
-        self.vocab = BYTES + 256 + len(self.merges)
+        self.vocab = MERGES + len(self.merges)
         self.spell = lru_cache(100_000)(self._spell)
 
     @classmethod
@@ -48,7 +48,7 @@ class Tokenizer:
         spelt = [([BYTES + b for b in piece.encode(errors="replace")], n)
                  for piece, n in counts.most_common(10_000)]
         merges = []
-        while BYTES + 256 + len(merges) < vocab:
+        while MERGES + len(merges) < vocab:
             pairs = Counter()
             for ids, n in spelt:
                 for pair in zip(ids, ids[1:]):
@@ -56,7 +56,7 @@ class Tokenizer:
             best = min(pairs, key=lambda pair: (-pairs[pair], pair), default=None)
             if best is None or pairs[best] < 2:
                 break
-            spelt = [(merge(ids, best, BYTES + 256 + len(merges)), n) for ids, n in spelt]
+            spelt = [(merge(ids, best, MERGES + len(merges)), n) for ids, n in spelt]
             merges.append(best)
         return cls(merges, words, context)
 
@@ -67,7 +67,7 @@ class Tokenizer:
             pair = min(zip(ids, ids[1:]), key=lambda pair: self.rank.get(pair, math.inf))
             if pair not in self.rank:
                 break
-            ids = merge(ids, pair, BYTES + 256 + self.rank[pair])
+            ids = merge(ids, pair, MERGES + self.rank[pair])
         return ids
 
     def __call__(self, texts, truncate=False):
@@ -91,9 +91,9 @@ class Tokenizer:
     def text(self, ids):
         """The text of a sequence of token ids (spaces and case are normalised)."""
         def spelling(i):
-            if i < BYTES + 256:
+            if i < MERGES:
                 return bytes([i - BYTES]) if i >= BYTES else b""
-            return b"".join(spelling(part) for part in self.merges[i - BYTES - 256])
+            return b"".join(spelling(part) for part in self.merges[i - MERGES])
         return b"".join(spelling(int(i)) for i in ids).decode(errors="replace").strip()
 
     def unknown_words(self, text):
@@ -207,8 +207,8 @@ class TextEncoder(nn.Module):
         nn.init.normal_(self.token.weight, std=0.02)
 
     def forward(self, tokens):
-        """tokens (B, L) → all outputs (B, L, width), and the one at the text's end (B, width); of a
-        hidden caption, which has no end, the first."""
+        """tokens (B, L) → all outputs (B, L, width), and the output at the text's end (B, width).
+        A hidden caption has no end: its first output is taken."""
         x = self.token(tokens) + self.position[:tokens.shape[1]]     # (B, L, width)
         x = self.transformer(x, causal_mask(torch.ones_like(tokens[:1], dtype=torch.bool)))
         end = (tokens == EOT).long().argmax(dim=1)
@@ -233,8 +233,8 @@ class CLIPConfig:
 class CLIP(nn.Module):
     """Two towers into one space of unit vectors (Radford et al. 2021; unCLIP's app. C).
 
-    differs from the paper: trained with AdamW, not with SAM; and the image tower is read by the
-    mean of its outputs, not at a class token.
+    differs from the paper: trained with AdamW alone, without SAM; and the image tower is read by
+    the mean of its outputs, not at a class token.
     """
 
     LEAST_SHARE = 0.03       # see `whiten`
@@ -293,10 +293,10 @@ class CLIP(nn.Module):
     def fit_axes(self, z_i):
         """Turn the space so that its axes are the principal axes of z_i (N, D), largest first.
 
-        Both projections turn alike, so no angle changes. The same axes serve three ends: the AR
-        prior's codes (sec. 2.2), Fig. 7, and `whiten`. The main axes are those that the paper's
-        rule keeps. Nearly all variance is in what captions name, so only along these axes is z_t
-        like a z_i. Returns the variances along the axes (D,).
+        Both projections turn alike, so no angle changes. The axes have three uses: the AR prior's
+        codes (sec. 2.2), Fig. 7, and `whiten`. The main axes are those that `components_needed`
+        keeps. They hold nearly all that captions name, so z_t is like a z_i along them alone.
+        Returns the variances along the axes (D,).
         """
         z = z_i.cpu().double()                                       # MPS has no float64
         variances, axes = torch.linalg.eigh((z - z.mean(0)).T @ (z - z.mean(0)) / len(z))
@@ -313,8 +313,8 @@ class CLIP(nn.Module):
 
         differs from the paper: priors and decoder are shown z_i like this. Where a solid stands is
         in z_i too, but along axes of a hundredth of the variance. A network that is shown plain
-        z_i learns it only after a very long training. Axes with less than LEAST_SHARE of the
-        mean variance are mostly noise: they stay small.
+        z_i learns these axes only after very long training. Axes with less than LEAST_SHARE of
+        the mean variance are mostly noise: they stay small.
         """
         return (z - self.mean) / self.std
 

@@ -89,8 +89,8 @@ def cache_folder():
 
 
 def read_cache(name, like):
-    """The dict of tensors kept under this name. It must have the keys, the kinds and, but for
-    its length, the shapes of the given one."""
+    """The dict of tensors kept under this name, or None if there is none with the keys, the dtypes
+    and, but for the first axis, the shapes of the dict `like`."""
     def kinds(tensors):
         return {key: (x.dtype, x.ndim, x.shape[1:]) for key, x in tensors.items()}
     try:
@@ -534,8 +534,8 @@ def coco(split, size, limit, data_dir, seed, cache):
     content = parse_json(file.read_bytes(), file)
     try:
         names = {image["id"]: nfc(image["file_name"]) for image in content["images"]}
-        captions, empty = gather((names.get(note["image_id"], note["image_id"]), note["caption"])
-                                 for note in content["annotations"])
+        captions, empty = gather((names.get(a["image_id"], a["image_id"]), a["caption"])
+                                 for a in content["annotations"])
     except (KeyError, TypeError) as error:
         raise ValueError(f"{file} is not like COCO's ({type(error).__name__}: {error}): "
                          "take the one in annotations_trainval2017.zip") from None
@@ -582,7 +582,7 @@ def folder(split, size, limit, data_dir, seed, cache):
 
 
 def halves(root):
-    """The folder of each split; both are root if it holds none for them."""
+    """{split: its folder}: root for both, unless it has train/ and a folder for validation."""
     held = [root / name for name in ("validation", "val", "test") if (root / name).is_dir()]
     if held and (root / "train").is_dir() and not (root / "metadata.jsonl").exists():
         return {"train": root / "train", "validation": held[0]}
@@ -620,9 +620,9 @@ def read_metadata(file):
 def held_out(images):
     """Which of N pictures validate? About one in twenty, and at least one.
 
-    A hash of its pixels decides, so a picture has one side under any name. It stays there when the
-    folder grows; only from a folder too small to have such a hash, the one held out may go back.
+    A hash of its pixels decides, so a picture stays in its split if it is renamed, or if the folder
+    grows. But if no hash is small enough, the smallest one validates, until a smaller one comes.
     """
     hashes = [hashlib.md5(image.numpy().tobytes()).hexdigest() for image in images]
-    bound = max(["0ccc", *sorted(hashes)[:1]])    # 0x0ccc is a twentieth of 0xffff
+    bound = max("0ccc", min(hashes, default=""))    # 0x0ccc is a twentieth of 0xffff
     return [code <= bound for code in hashes]

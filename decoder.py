@@ -18,7 +18,7 @@ from diffusion import Diffusion, guided, timestep_embedding
 
 
 class ResBlock(nn.Module):
-    """Two convolutions around a shortcut; the embedding scales and shifts what is between them."""
+    """Two convolutions and a shortcut past them; the embedding scales and shifts their middle."""
 
     def __init__(self, c_in, c_out, emb_width):
         super().__init__()
@@ -75,41 +75,39 @@ class UNetBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """The modified ADM/GLIDE network: halve the picture level by level, and back, with skips.
+    """A small ADM UNet, as in GLIDE: halve the picture level by level, and back, with skips.
 
     channels: of each level, the finest first; blocks: ResBlocks of each level, one way;
     attention: for each level, whether it attends (needs context_width).
     """
 
-    def __init__(self, c_in, c_out, channels, blocks, attention, emb_width, context_width=None):
+    def __init__(self, channels, blocks, attention, emb_width, context_width=None):
         super().__init__()
         self.emb_width = emb_width
         self.time = nn.Sequential(nn.Linear(emb_width, emb_width), nn.SiLU(),
                                   nn.Linear(emb_width, emb_width))
-        self.stem = nn.Conv2d(c_in, channels[0], 3, padding=1)
+        self.stem = nn.Conv2d(6, channels[0], 3, padding=1)     # x_t and a picture, 3 channels each
         self.down, self.shrink, self.up, self.grow = (nn.ModuleList() for _ in range(4))
         levels = list(zip(channels, blocks, [context_width if a else None for a in attention]))
-        width = channels[0]
         for k, (C, n, attends) in enumerate(levels):
             if k > 0:
-                self.shrink.append(nn.Conv2d(width, C, 3, stride=2, padding=1))
+                self.shrink.append(nn.Conv2d(channels[k - 1], C, 3, stride=2, padding=1))
             self.down.append(nn.ModuleList(UNetBlock(C, C, emb_width, attends) for _ in range(n)))
-            width = C
-        self.middle = nn.ModuleList([UNetBlock(width, width, emb_width, levels[-1][2]),
-                                     UNetBlock(width, width, emb_width, None)])
+        self.middle = nn.ModuleList([UNetBlock(C, C, emb_width, attends),       # the coarsest level
+                                     UNetBlock(C, C, emb_width, None)])
         for k, (C, n, attends) in reversed(list(enumerate(levels))):
             self.up.append(nn.ModuleList(UNetBlock(2 * C, C, emb_width, attends)
                                          for _ in range(n)))
             if k > 0:
                 self.grow.append(nn.Conv2d(C, channels[k - 1], 3, padding=1))
         self.norm = nn.GroupNorm(8, channels[0])
-        self.out = nn.Conv2d(channels[0], c_out, 3, padding=1)
+        self.out = nn.Conv2d(channels[0], 3, 3, padding=1)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
     def forward(self, x, t, emb=0, context=None, visible=None):
-        """x (B, c_in, H, W), t (B,), emb (B, emb_width) added to the timestep's, context
-        (B, M, context_width), visible (B, M) bool → (B, c_out, H, W)."""
+        """x (B, 6, H, W), t (B,), emb (B, emb_width) added to the timestep's, context
+        (B, M, context_width), visible (B, M) bool → (B, 3, H, W)."""
         emb = F.silu(self.time(timestep_embedding(t, self.emb_width)) + emb)   # (B, emb_width)
         h, skips = self.stem(x), []                                            # (B, C_0, H, W)
         for k, level in enumerate(self.down):
@@ -119,13 +117,13 @@ class UNet(nn.Module):
                 h = block(h, emb, context, visible)
                 skips.append(h)
         for block in self.middle:
-            h = block(h, emb, context, visible)                                # the coarsest level
+            h = block(h, emb, context, visible)
         for k, level in enumerate(self.up):
             for block in level:
                 h = block(torch.cat([h, skips.pop()], dim=1), emb, context, visible)
             if k < len(self.grow):
                 h = self.grow[k](F.interpolate(h, scale_factor=2.0, mode="nearest"))
-        return self.out(F.silu(self.norm(h)))                                  # (B, c_out, H, W)
+        return self.out(F.silu(self.norm(h)))                                  # (B, 3, H, W)
 
 
 # ---- The decoder -------------------------------------------------------------------------------
@@ -155,9 +153,9 @@ class Decoder(nn.Module):
     """Pictures from embeddings (sec. 2.1): z_i enters the UNet twice, the caption as in GLIDE.
 
     z_i is added to the timestep embedding, and makes four tokens of context. The caption's own
-    Transformer adds its last output to the timestep embedding, and all its outputs to the context.
-    z_i is that of the training picture itself: the decoder learns to invert CLIP. A z_i drawn by a
-    prior would belong to another picture.
+    Transformer adds its output at the text's end to the timestep embedding, and all its outputs to
+    the context. z_i is that of the training picture itself: the decoder learns to invert CLIP. A
+    z_i drawn by a prior would belong to another picture.
     differs from the paper: the variance of a sampling step is DDPM's, not learnt. And z_i enters in
     a third way: the UNet is shown a sketch, the mean picture E[x | z_i], of few pixels. The mean is
     the best estimate of x_0 from pure noise. The UNet is slow to learn it. An MLP learns it sooner,
@@ -178,7 +176,7 @@ class Decoder(nn.Module):
         hidden = [m for a, b in zip(widths, widths[1:]) for m in (nn.Linear(a, b), nn.GELU())]
         self.sketch = nn.Sequential(*hidden, nn.Linear(widths[-1], 3 * side ** 2),
                                     nn.Unflatten(1, (3, side, side)))
-        self.unet = UNet(6, 3, c.channels, c.blocks, c.attention, c.width, c.width)
+        self.unet = UNet(c.channels, c.blocks, c.attention, c.width, c.width)
 
     def forward(self, x_t, t, z_i, tokens):
         """The network f: x_t (B, 3, H, W), t (B,), z_i (B, D), tokens (B, L) → v (B, 3, H, W)."""
@@ -215,25 +213,24 @@ class Decoder(nn.Module):
         return self.diffusion.loss(f, x, t, eps) + self.sketch_error(x, z_i)
 
     def guided(self, z_i, tokens, guidance=1.0):
-        """f(x_t, t) for the sampler and the inversion. The null of guidance hides both conditions.
+        """f(x_t, t) for the sampler and the inversion, away from what is drawn with both hidden.
 
-        z_i (B, D) or None; tokens (B, L) or None, but not both. None is the null.
+        z_i (B, D) or None; tokens (B, L) or None, but not both. None hides a condition.
         """
         given = z_i if z_i is not None else tokens
         z_i = given.new_zeros(len(given), self.config.dim).float() if z_i is None else z_i
         tokens = given.new_full((len(given), 1), PAD).long() if tokens is None else tokens
-        nulls = torch.zeros_like(z_i), torch.zeros_like(tokens)
-        return guided(self, guidance, (z_i, tokens), nulls)
+        return guided(self, guidance, (z_i, tokens))
 
     @torch.no_grad()
-    def sample(self, z_i, tokens, noise, guidance=1.5, steps=32, eta=1.0, trace=None):
+    def sample(self, z_i, tokens, noise, guidance=1.5, steps=32, eta=1.0, watch=None):
         """z_i (B, D) or None, tokens (B, L) or None → x (B, 3, H, W) in [-1, 1].
 
         noise(): (B, 3, H, W) standard normal, drawn once, and again at each step if eta > 0.
-        trace is called at each step (Diffusion.sample).
+        watch is called at each step (Diffusion.sample).
         """
         f = self.guided(z_i, tokens, guidance)
-        return self.diffusion.sample(f, noise(), steps, eta, noise, clamp=True, trace=trace)
+        return self.diffusion.sample(f, noise(), steps, eta, noise, clamp=True, watch=watch)
 
 
 # ---- The upsampler -----------------------------------------------------------------------------
@@ -250,12 +247,12 @@ class UpsamplerConfig:
 class Upsampler(nn.Module):
     """A larger picture from a small one (sec. 2.1): convolutions only, no caption, no guidance.
 
-    What is to be seen is decided by then: the paper found that a caption does not help here. A
-    convolution does the same at every place, whatever the size of the picture (GroupNorm alone
-    looks at all of it). So it trains on crops, half of the side (the paper: a quarter), and is
-    applied to whole pictures; attention would meet more places than it was trained on. In training
-    the small picture is slightly corrupted, because what the decoder draws is not as clean as a
-    render.
+    The small picture has decided what is to be seen: the paper found that a caption does not help
+    here. A convolution does the same at every place, whatever the size of the picture (GroupNorm
+    alone looks at all of it). So the upsampler trains on crops of half the side (the paper: a
+    quarter), and draws whole pictures; attention would meet more places than in training. In
+    training the small picture is slightly corrupted, because what the decoder draws is not as clean
+    as a render.
     differs from the paper: the UNet's answer is added to the v that belongs to x_0 = the enlarged
     picture. That picture is nearly right, and a network alone would copy it only roughly.
     """
@@ -264,13 +261,13 @@ class Upsampler(nn.Module):
         super().__init__()
         self.config = c = config
         self.diffusion = Diffusion(objective="eps")
-        self.unet = UNet(6, 3, c.channels, c.blocks, [False] * len(c.channels), c.width)
+        self.unet = UNet(c.channels, c.blocks, [False] * len(c.channels), c.width)
 
-    def forward(self, x_t, t, low):
-        """The network f: x_t (B, 3, H, W), t (B,), low (B, 3, H, W) enlarged → v (B, 3, H, W)."""
+    def forward(self, x_t, t, enlarged):
+        """The network f: x_t and enlarged (B, 3, H, W), t (B,) → v (B, 3, H, W)."""
         cos, sin = self.diffusion.rotation(t, x_t)
-        v = (cos * x_t - low) / sin                                      # if x_0 were low
-        return v + self.unet(torch.cat([x_t, low], dim=1), t)
+        v = (cos * x_t - enlarged) / sin                                 # if x_0 were enlarged
+        return v + self.unet(torch.cat([x_t, enlarged], dim=1), t)
 
     def enlarge(self, low):
         """(B, 3, h, w) → (B, 3, h·factor, w·factor), bicubic."""
@@ -282,10 +279,10 @@ class Upsampler(nn.Module):
         B, S, device, factor = len(x), x.shape[-1], x.device, self.config.factor
         rand = lambda *shape: torch.rand(*shape, device=device, generator=generator)
         low = corrupt(low, rand, torch.randn(low.shape, device=device, generator=generator))
-        x, low = crop(x, self.enlarge(low), S // 2, factor, rand)
+        x, enlarged = crop(x, self.enlarge(low), S // 2, factor, rand)
         t = (rand(B) * self.diffusion.T).long() + 1
         eps = torch.randn(x.shape, device=device, generator=generator)
-        return self.diffusion.loss(lambda x_t, t: self(x_t, t, low), x, t, eps)
+        return self.diffusion.loss(lambda x_t, t: self(x_t, t, enlarged), x, t, eps)
 
     @torch.no_grad()
     def sample(self, low, noise, steps=3, eta=0.0):
@@ -308,21 +305,21 @@ def corrupt(low, rand, noise):
 
 
 def blur(x, sigma=0.6):
-    """Gaussian blur of x (B, C, H, W), sigma in pixels, by a kernel of 3×3."""
+    """Gaussian blur of x (B, C, H, W), sigma in pixels, by a kernel of 3×3 (app. C has both)."""
     i = torch.arange(-1, 2, device=x.device, dtype=x.dtype)
     g = torch.exp(-(i / sigma) ** 2 / 2)
     kernel = (g[:, None] * g / g.sum() ** 2).expand(x.shape[1], 1, 3, 3)
     return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), kernel, groups=x.shape[1])
 
 
-def crop(x, low, side, step, rand):
-    """The same random square of each picture of x and low (B, 3, H, W) → (B, 3, side, side) each.
+def crop(x, enlarged, side, factor, rand):
+    """The same random square of each picture of x and enlarged (B, 3, H, W): (B, 3, side, side).
 
-    The squares start at multiples of `step`, on the edge of a small pixel, as whole pictures do.
+    The squares start at multiples of `factor`, on the edge of a small pixel, as whole pictures do.
     """
     B, H = len(x), x.shape[-1]
-    top, left = (rand(2, B) * ((H - side) // step + 1)).long() * step
+    top, left = (rand(2, B) * ((H - side) // factor + 1)).long() * factor
     i = torch.arange(side, device=x.device)
     rows, columns = (top[:, None] + i)[:, :, None], (left[:, None] + i)[:, None]
     where = torch.arange(B, device=x.device)[:, None, None], slice(None), rows, columns
-    return x[where].permute(0, 3, 1, 2), low[where].permute(0, 3, 1, 2)
+    return x[where].permute(0, 3, 1, 2), enlarged[where].permute(0, 3, 1, 2)

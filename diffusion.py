@@ -1,7 +1,7 @@
 """Noise and its reversal: the one diffusion process of the prior, the decoder and the upsampler.
 
-The paper diffuses embeddings (sec. 2.2) and pixels (sec. 2.1) with one cosine schedule, all but its
-last upsampler; here it serves for everything. This file knows no network: a model comes in as a
+The paper diffuses embeddings (sec. 2.2) and pixels (sec. 2.1) with one cosine schedule, except in
+its last upsampler. Here this schedule serves every part. This file knows no network: a model is a
 function f(x_t, t), and x is any tensor whose first axis counts samples, vectors (B, D) as well as
 images (B, C, H, W).
 
@@ -35,8 +35,8 @@ class Diffusion(nn.Module):
 
     objective: what the loss compares, "x_0" (sec. 2.2) or "eps" (GLIDE's; sec. 2.1 builds on it).
     differs from the paper: the network always answers v (Salimans & Ho 2022), from which x_0 and
-    eps are computed. With little noise x_0 is almost x_t, and with much noise eps is; but a network
-    copies its input only roughly. With v, `x_0_and_eps` copies it, exactly.
+    eps are computed. At low noise x_0 is almost x_t, and at high noise eps is almost x_t. But a
+    network copies x_t only roughly. With v, `x_0_and_eps` makes the copy, exactly.
     power: a sampler's times are evenly spaced if it is 1, and denser near 0 if it is more.
     """
 
@@ -51,24 +51,24 @@ class Diffusion(nn.Module):
         self.register_buffer("sin", (1 - self.alphas_bar).sqrt().float(), persistent=False)
 
     def rotation(self, t, like):
-        """cos φ_t and sin φ_t of the steps t (B,) in 0..T, shaped to multiply `like` (B, …)."""
+        """cos φ_t and sin φ_t at the times t (B,) in 0..T, shaped to multiply `like` (B, …)."""
         shape = [-1] + [1] * (like.dim() - 1)
         return self.cos[t].view(shape), self.sin[t].view(shape)
 
     # ---- Training --------------------------------------------------------------------------
 
     def q_sample(self, x_0, t, eps):
-        """x_0 (B, …), steps t (B,) in 0..T, standard normal eps like x_0 → x_t (B, …)."""
+        """x_0 (B, …), times t (B,) in 0..T, standard normal eps like x_0 → x_t (B, …)."""
         cos, sin = self.rotation(t, x_0)
         return cos * x_0 + sin * eps
 
     def x_0_and_eps(self, v, x_t, t):
-        """The network's answer v at x_t, steps t (B,), turned back → x_0 and eps, like x_t."""
+        """The network's answer v at x_t and times t (B,), turned back → x_0 and eps, like x_t."""
         cos, sin = self.rotation(t, x_t)
         return cos * x_t - sin * v, sin * x_t + cos * v
 
     def loss(self, f, x_0, t, eps):
-        """f's mean squared error at the steps t (B,) in 1..T, of x_0 or of eps: a scalar.
+        """f's mean squared error at the times t (B,) in 1..T, of x_0 or of eps: a scalar.
 
         differs from the paper: the error of eps is the error of x_0 times the signal-to-noise
         ratio. Here this weight stays between 0.1 and 5 (the 5 is min-SNR's, Hang et al. 2023).
@@ -101,12 +101,12 @@ class Diffusion(nn.Module):
         return times[::-1]
 
     @torch.no_grad()
-    def sample(self, f, x_T, steps, eta=1.0, noise=None, clamp=False, trace=None):
+    def sample(self, f, x_T, steps, eta=1.0, noise=None, clamp=False, watch=None):
         """Follow f from the noise x_T (B, …) back to data x_0 (B, …), in 1..T steps.
 
         eta 1 is DDPM's ancestral sampling, eta 0 is DDIM, which is deterministic (Song et al.
         2021). noise(): fresh standard normal noise like x_T, needed if eta > 0. clamp: every
-        estimate of x_0 is kept in [-1, 1], where pixels are. trace(t, x_t, x_0) is called at each
+        estimate of x_0 is kept in [-1, 1], where pixels are. watch(t, x_t, x_0) is called at each
         step.
         """
         x_t, times = x_T, self.timesteps(steps)
@@ -117,8 +117,8 @@ class Diffusion(nn.Module):
             if clamp:
                 x_0 = x_0.clamp(-1, 1)
                 eps = (x_t - math.sqrt(ab_t) * x_0) / math.sqrt(1 - ab_t)
-            if trace:
-                trace(t, x_t, x_0)
+            if watch:
+                watch(t, x_t, x_0)
             # Of the noise that belongs to time s, a part of std `fresh` is new, the rest is eps.
             fresh = eta * math.sqrt((1 - ab_s) / (1 - ab_t) * (1 - ab_t / ab_s))
             x_t = math.sqrt(ab_s) * x_0 + math.sqrt(max(1 - ab_s - fresh ** 2, 0)) * eps
@@ -129,15 +129,15 @@ class Diffusion(nn.Module):
     @torch.no_grad()
     def invert(self, f, x_0, steps, iterations=3):
         """DDIM inversion (sec. 3): x_0 (B, …) → the x_T from which `sample` with eta 0 gives it
-        back, with the same f, unguided, the same steps (2 or more), and no clipping.
+        back, with the same f, the same steps (2 or more), and no clipping.
 
         A step of DDIM from t down to s turns x_t by δ = φ_t − φ_s, in the plane of x_t and v:
 
             x_s = cos δ · x_t − sin δ · v(x_t, t)        so        x_t = (x_s + sin δ · v) / cos δ
 
         The v on the right belongs to the x_t that is sought. So x_t is found by iteration: x_s is
-        the first guess, and each right side is a better one. Once x_t stays the same, the step is
-        undone exactly; three rounds come close. The usual inversion never corrects its guess.
+        the first guess, and each right side is a better one. If a round no longer changes x_t, the
+        step is undone exactly; three rounds come close. The usual inversion is one round.
         """
         if steps < 2:
             raise ValueError(f"{steps} steps invert nothing: choose 2 or more")
@@ -152,21 +152,21 @@ class Diffusion(nn.Module):
         return x_s
 
 
-def guided(f, s, conditions, nulls):
+def guided(f, guidance, conditions):
     """Classifier-free guidance (sec. 2.1): f's answer pushed from the null to the condition.
 
-    f(x_t, t, *conditions): a network; conditions, nulls: equally long tuples of tensors (B, …).
-    Returns g(x_t, t) = null + s·(cond − null); s = 1 is the plain network, s = 0 the unconditional.
+    f(x_t, t, *conditions): a network; conditions: tensors (B, …). The null hides all: zeros.
+    Returns g(x_t, t) = null + guidance·(cond − null): 1 is the plain network, 0 the unconditional.
     Both halves run as one batch. x_0, eps and v are affine in each other at a fixed x_t, so it does
     not matter which of them is mixed.
     """
-    if s == 1:
+    if guidance == 1:
         return lambda x_t, t: f(x_t, t, *conditions)
-    both = [torch.cat(pair) for pair in zip(nulls, conditions)]
+    both = [torch.cat([torch.zeros_like(c), c]) for c in conditions]
 
     def g(x_t, t):
         null, cond = f(torch.cat([x_t, x_t]), torch.cat([t, t]), *both).chunk(2)
-        return null + s * (cond - null)
+        return null + guidance * (cond - null)
 
     return g
 
@@ -174,22 +174,22 @@ def guided(f, s, conditions, nulls):
 class Noise:
     """Standard normal noise in which every picture has a generator of its own.
 
-    Row i depends on (seed, indices[i], purpose) alone, not on the batch, and is drawn on the CPU.
+    Picture i depends on (seed, keys[i], purpose) alone, not on the batch, and is drawn on the CPU.
     So a picture comes out the same in any batch and on any device, up to rounding.
     """
 
-    def __init__(self, seed, indices, shape, purpose="", device="cpu"):
+    def __init__(self, seed, keys, shape, purpose="", device="cpu"):
         self.shape, self.device = shape, device
-        hashes = [hashlib.sha256(f"{seed}/{i}/{purpose}".encode()).digest()[:7] for i in indices]
+        hashes = [hashlib.sha256(f"{seed}/{key}/{purpose}".encode()).digest()[:7] for key in keys]
         self.generators = [torch.Generator().manual_seed(int.from_bytes(h, "big")) for h in hashes]
 
     def __call__(self):
-        """The next (len(indices), *shape) of noise."""
+        """The next (len(keys), *shape) of noise."""
         rows = [torch.randn(self.shape, generator=g) for g in self.generators]
         return torch.stack(rows).to(self.device)
 
-    def rows(self, indices):
-        """The same noise for some of the rows; a row may be named twice."""
+    def select(self, indices):
+        """The same noise for some of the pictures; one may be named twice."""
         some = Noise(None, (), self.shape, device=self.device)
         some.generators = [self.generators[i].clone_state() for i in indices]
         return some

@@ -77,7 +77,7 @@ class Bench:
 
     @property
     def side(self):
-        """The pictures of CLIP and the decoder have so many pixels a side."""
+        """Pixels a side of the pictures that CLIP sees and the decoder draws."""
         return self.unclip.clip.config.image_size
 
     def most(self, count):
@@ -144,7 +144,7 @@ class Bench:
             x[i], self.seed, rows[i])).cpu(), size=16)
 
     def renders(self, captions, side=None, first=0):
-        """A render of each caption, which `first` and the caption's place choose."""
+        """A render of each caption. Its scene is number `first` + the caption's index."""
         scenes = [scenes_for(caption, 1, f"bench/{self.seed}/{first + i}")[0]
                   for i, caption in enumerate(captions)]
         return render(scenes, side or self.side, "renders")
@@ -156,9 +156,9 @@ class Bench:
         self.figures.append((name, caption))
 
     def claim(self, section, says, a, b):
-        """What the paper says; and bools a (N,), b (M,): it holds if a's share is larger, beyond
-        chance. Few pictures may show neither that nor the opposite."""
-        here = [f"{mean(share)} of {len(share)}" for share in (a, b)]
+        """Note a claim of the paper. It holds if the share of True is larger in a (N,) than in
+        b (M,), both bool, by more than chance explains. Few pictures may leave it open."""
+        here = [f"{with_interval(share)} of {len(share)}" for share in (a, b)]
         holds = "yes" if larger(a, b) else "no" if larger(b, a) else "not shown"
         self.claims.append(f"> {section} | {says} | {', '.join(here)} | {holds}")
 
@@ -179,7 +179,7 @@ def noun(colour, shape):
 
 
 def conditions(bench, captions):
-    """Pictures of the captions by what the decoder is given: yields (name, pictures).
+    """Yields (what the decoder is given, the pictures that it draws of the captions).
 
     Renders and the priors' guided pictures are of all captions, the others of the first quarter.
     """
@@ -346,7 +346,7 @@ def diversity(bench):
     "a cube" leaves open its colour, its place and the floor. unCLIP draws z_i, which holds them,
     before guidance acts. The text-only decoder was trained on captions alone (weights/README.md
     says from what it began), and has guidance alone. Entropy: of the colours of what the judge
-    calls a cube; 1: all are equally frequent. Spread: the standard deviation of places and of the
+    calls a cube; 1: all are equally frequent. Std: the standard deviation of places and of the
     floor's tint, as a ratio to renders. Fréchet: the distance, in the judge's features, from four
     times as many other renders; the first row is what so many pictures can reach. 32 steps."""
     N, judge, rows, lines, shown, rare = bench.most(256), bench.judge, [], {}, [], {}
@@ -359,7 +359,7 @@ def diversity(bench):
         k = (seen["count"] == 1) & (seen["shape"][:, 0] == SHAPES.index("cube"))
         wide = lambda some: (spread(guess[k][:, some]) / spread(known[:, some])).sqrt().item()
         return {"cubes %": k, "entropy of colour": entropy(seen["colour"][k, 0], len(COLOURS)),
-                "spread of places": wide([0, 1]), "spread of floors": wide([6, 7, 8]),
+                "std of places": wide([0, 1]), "std of floors": wide([6, 7, 8]),
                 "Fréchet distance": frechet(judge.features(x), reference)}
 
     rows.append({"pictures from": "renders", "pictures": N, **measure(bench.renders(captions))})
@@ -377,8 +377,8 @@ def diversity(bench):
         colours = judge.read(x)["colour"][rows[-1]["cubes %"], 0]
         rare[name] = colours != torch.bincount(colours, minlength=len(COLOURS)).argmax()
     if bench.text_only:
-        bench.claim("5.3", "guided by 6, unCLIP draws a larger share of its cubes in another than "
-                    "their most frequent colour than a text-only decoder does",
+        bench.claim("5.3", "guided by 6, a larger share of unCLIP's cubes than of a text-only "
+                    "decoder's is not of the most frequent colour",
                     *(rare[name] for name in ("diffusion prior", "text-only decoder")))
     bench.figure("diversity", torch.cat(shown), 8, "\"a cube\" at guidance 1, 3 and 6, by "
                  f"{', '.join(decoders)}.")
@@ -393,7 +393,7 @@ def twice(bench):
     "a cube": each of k z_i, by the diffusion prior, is drawn with each of k streams of noise in the
     decoder, guided and with the caption, as always. Of the variance of the k² pictures, as the
     judge reads them: the share of z_i, of the noise, and of both together, where one changes what
-    the other does. With 16 of each, a share may be off by a third."""
+    the other does. With 16 of each, a share may be off by a third of its value."""
     k = bench.most(16)
     y, judge = ["a cube"] * k, bench.judge
     x = torch.cat([bench.draw(y, z_i.expand(k, -1)) for z_i in bench.z_i(y)])
@@ -433,9 +433,9 @@ def steps(bench):
 def clip(bench):
     """Is what it finds true? (App. C.)
 
-    For each validation picture the closest of their first captions, and for each caption the
-    closest picture. True: of the scene's attributes. Many captions are true of a picture ("a cube",
-    "a photo of a red cube")."""
+    CLIP picks the closest first caption for each validation picture, and the closest picture for
+    each of these captions. True: the caption is true of the scene. Many captions are true of a
+    picture ("a cube", "a photo of a red cube")."""
     split, rows = bench.validation(bench.most(500)), []
     texts = sorted({captions[0] for captions in split.captions})
     score = (bench.encode(split.images) @ bench.z_t(texts).T).cpu()              # (N, texts)
@@ -454,15 +454,15 @@ def clip(bench):
 def codes(bench):
     """What is lost of z_i in the AR prior's codes? (Sec. 2.2.)
 
-    Of validation renders, as a share of their variance, by axes and buckets, which come from
+    What is lost is a share of the variance of validation renders' z_i. Axes and buckets come from
     training renders. The paper's rule keeps the fewest axes that lose less than 1 % of the variance
     of z_i. But where solids stand is in the axes of small variance. So the prior's axes are those
     that the rule keeps of whitened z_i."""
     train = bench.encode(load("shapes", "train", bench.side, bench.most(5000)).images)
     z_i = bench.encode(bench.validation(bench.most(1000)).images)
     clip, rows = bench.unclip.clip, []
-    views = {"raw": lambda z: z, "whitened": clip.whiten}
-    for view, f in views.items():
+    spaces = {"raw": lambda z: z, "whitened": clip.whiten}
+    for space, f in spaces.items():
         k = components_needed(f(train).var(0))
         for buckets in 4, 16, 64, 256, "no":
             kept = clip.whiten(z_i)[:, :k]
@@ -472,8 +472,8 @@ def codes(bench):
                 kept = code.decode(code.encode(kept))
             decoded = clip.unwhiten(F.pad(kept, (0, z_i.shape[1] - k)))
             lost = {f"lost, {key} %": ((g(decoded) - g(z_i)).square().mean(0).sum()
-                                       / g(z_i).var(0).sum()).item() for key, g in views.items()}
-            rows.append({"99 % of z_i": view, "axes": k, "buckets": buckets, **lost})
+                                       / g(z_i).var(0).sum()).item() for key, g in spaces.items()}
+            rows.append({"99 % of z_i": space, "axes": k, "buckets": buckets, **lost})
     return rows
 
 
@@ -481,25 +481,25 @@ def priors(bench):
     """Do they draw from p(z_i | y)? (Sec. 2.2.)
 
     As many samples as renders of each caption. Spread: tr Cov(z_i | y), as a ratio to the renders'.
-    Energy distance: from the renders, as a ratio to that of a point at their mean, the best a
-    regressor could do; for z_i as they are, and whitened. Own caption: of how many z_i the closest
-    z_t is their caption's. Best of two, and dots from the upper half, are the defaults in drawing:
-    they trade spread for fit, on purpose. Intervals are over captions."""
+    Energy distance to the renders, of z_i as they are, and whitened: 1 is that of a point at the
+    renders' mean, the best that a regressor could do. Own caption: the share of z_i whose closest
+    z_t is that of their caption. Best of two, and dots from the upper half, are the defaults in
+    drawing: they trade spread for fit, on purpose. Intervals are over captions."""
     captions = list(dict.fromkeys(item("validation", i)[1][0] for i in range(500)))[:bench.most(30)]
     n, rows = bench.most(128), []
     y, z_t = [y for y in captions for _ in range(n)], bench.z_t(captions)
     real, again = (bench.encode(bench.renders(y, first=k)).unflatten(0, (-1, n))
                    for k in (0, len(y)))                                         # (captions, n, D)
     point = real.mean(1, keepdim=True).repeat(1, 2, 1)                           # two equal ones
-    views = {"raw": lambda z: z, "whitened": bench.unclip.clip.whiten}
-    worst = {key: energy_distance(f(real), f(point)) for key, f in views.items()}
+    spaces = {"raw": lambda z: z, "whitened": bench.unclip.clip.whiten}
+    worst = {key: energy_distance(f(real), f(point)) for key, f in spaces.items()}
 
     def add(name, z_i):                                                          # (captions, n, D)
         own = (z_i @ z_t.T).argmax(-1).cpu() == torch.arange(len(z_t))[:, None]
         rows.append({"z_i from": name, "captions": len(z_i), "z_i of each": z_i.shape[1],
                      "spread": ratio(spread(z_i), spread(real)),
-                     **{f"energy distance, {key}": ratio(
-                         energy_distance(f(real), f(z_i)), worst[key]) for key, f in views.items()},
+                     **{f"energy distance, {key}": ratio(energy_distance(f(real), f(z_i)),
+                                                         worst[key]) for key, f in spaces.items()},
                      "own caption, %": 100 * own.float().mean(1),
                      "z_t·z_i": (z_i * z_t[:, None]).sum(-1).mean().item()})
 
@@ -515,8 +515,8 @@ def priors(bench):
 
 
 # ---- Pictures from pictures ----------------------------------------------------------------------
-# What is drawn is measured as it is shown, in 8 bits. Nothing is guided here, and the decoder is
-# shown no caption, but for its own pictures that are upsampled.
+# Pictures are measured as they are shown, in 8 bits. The decoder is unguided here and is shown no
+# caption, with one exception: the pictures that `upsampler` draws.
 
 
 def upsampler(bench):
@@ -558,7 +558,7 @@ def renders_and_others(bench, N, alone=True):
     """N validation renders, and for each another, whose first solid has neither the colour nor the
     shape: twice (pictures, labels). alone: only renders of one solid."""
     split = bench.validation(10 * bench.most(200))
-    pool = ((split.labels["count"] == 1) | torch.tensor(not alone)).nonzero()[:, 0]
+    pool = ((split.labels["count"] == 1) | (not alone)).nonzero()[:, 0]
     colour, shape = (split.labels[key][pool, 0] for key in ("colour", "shape"))
     fits = (colour[:N, None] != colour) & (shape[:N, None] != shape)             # (N, pool)
     g = torch.Generator().manual_seed(bench.seed)
@@ -568,8 +568,8 @@ def renders_and_others(bench, N, alone=True):
 
 
 def decoded(bench, latents, measure):
-    """Decode each (cells, z_i, x_T, options of Bench.decode) → a row of the cells and of what
-    measure(pictures, the judge's reading) adds, for each; and all the pictures."""
+    """latents: a list of (cells, z_i, x_T, options of Bench.decode), one for each row. Returns the
+    rows (cells | measure(pictures, the judge's reading of them)), and the pictures of each row."""
     rows, shown = [], []
     for cells, z_i, x_T, how in latents:
         x = bench.decode(z_i, x_T, **how)
@@ -579,7 +579,7 @@ def decoded(bench, latents, measure):
 
 
 def changes(x, seen, before, saw):
-    """Cells of a row: how far only solids moved; how much the corners, mostly floor, changed."""
+    """Cells of a row: how far a lone solid moved; how much the corners, mostly floor, changed."""
     one = (seen["count"] == 1) & (saw["count"] == 1)
     way = 16 * (seen["position"] - saw["position"])[one, 0].norm(dim=-1)
     corners = (x.float() - before.float())[:, :, [0, 0, -1, -1], [0, -1, 0, -1]].abs()
@@ -589,9 +589,9 @@ def changes(x, seen, before, saw):
 def reconstruct(bench):
     """Is (z_i, x_T) a picture's latent, and does z_i matter in it? (Sec. 3.)
 
-    Validation renders to latents and back; as controls, with one of the two exchanged. The other
-    picture's first solid has neither the colour nor the shape: a decoder that draws it from this
-    one's x_T uses z_i. White noise has std 1."""
+    Validation renders become latents and are decoded again. As controls, z_i or x_T is exchanged.
+    The other z_i is of a picture whose first solid has another colour and shape: a decoder that
+    draws this solid from the first picture's x_T uses z_i. White noise has std 1."""
     (images, labels), (others, theirs) = renders_and_others(bench, bench.most(200), alone=False)
     (z_i, x_T), noise = bench.latents(images), bench.x_T(len(images))
 
@@ -602,9 +602,9 @@ def reconstruct(bench):
                 "judged as itself %": same(seen, labels),
                 "judged as the other %": same(seen, theirs)}
     rows, shown = decoded(bench, [
-        ({"decoded from": name, "std of x_T": some[1].std().item()}, *some, {}) for name, some in (
-            ("z_i, x_T", (z_i, x_T)), ("z_i, random x_T", (z_i, noise)),
-            ("the other's z_i, x_T", (bench.encode(others), x_T)))], measure)
+        ({"decoded from": name, "std of x_T": start.std().item()}, z, start, {})
+        for name, z, start in (("z_i, x_T", z_i, x_T), ("z_i, random x_T", z_i, noise),
+                               ("the other's z_i, x_T", bench.encode(others), x_T))], measure)
     bench.strips("reconstruct", (images, *shown, others),
                  "Render, reconstruction, random x_T, the other's z_i, the other.")
     bench.claim("3", "what is seen comes from z_i, not x_T: z_i of a picture B with x_T of a "
@@ -641,8 +641,8 @@ def vary(bench):
 def interpolate(bench):
     """What lies between two pictures? (Sec. 3.2, Fig. 4.)
 
-    From A to B, two renders of one solid, which differ in colour and in shape, along slerp of z_i.
-    x_T is slerped as well, or one random x_T serves all seven. Sharpness: gradient energy, as a
+    A and B are renders of one solid each, which differ in colour and in shape. z_i goes from A to B
+    by slerp. x_T does so too, or one random x_T serves all seven. Sharpness: gradient energy, as a
     ratio to that of the renders."""
     (images, labels), (others, theirs) = renders_and_others(bench, bench.most(200))
     (z_a, x_a), (z_b, x_b) = bench.latents(images), bench.latents(others)
@@ -723,9 +723,9 @@ def pca(bench):
 def cifar10(bench):
     """What becomes of real pictures? (Sec. 5.)
 
-    What CLIP and a classifier see in real pictures, and the classifier in drawn ones; it shares no
-    weight with unCLIP. CLIP picks the closest of ten captions, as "a photo of a frog". Fréchet: the
-    distance, in the classifier's features, from the training pictures; few pictures are farther
+    Shares of pictures in which the class is recognised: by CLIP, as the closest of ten captions
+    such as "a photo of a frog"; else by a classifier, which shares no weight with unCLIP. Fréchet:
+    the distance, in the classifier's features, from the training pictures. Few pictures are farther
     away than many, so compare equal numbers."""
     train, test = (load("cifar10", split, limit=bench.most(50_000), data_dir=bench.data_dir)
                    for split in ("train", "validation"))
@@ -750,7 +750,7 @@ def cifar10(bench):
         add(f"{name} prior", images, asked)
         bench.figure(f"cifar10-{name}", images.unflatten(0, (10, n))[:, :8].flatten(0, 1),
                      min(8, n), f"By the {name} prior, rows: {', '.join(CIFAR_CLASSES)}.")
-    add("z_t in place of z_i", bench.draw(y, bench.z_i(y, "text")), asked)
+    add("z_t, along the main axes", bench.draw(y, bench.z_i(y, "text")), asked)
     add("caption only", bench.draw(y, None), asked)
     return rows
 
@@ -846,15 +846,15 @@ Written by `python evaluate.py`; an experiment that runs again replaces its own 
 in %. A share of pictures is followed by its 95 % interval (Wilson), a mean over pictures by ± half
 of its interval. Every picture has noise of its own, unless a table says otherwise.
 
-What the paper says, and whether it holds here, where the truth is known. It holds if the first
-share is larger than the second by more than chance explains (95 %), and does not if it is smaller
-by as much; in between, nothing is shown.
+What the paper says, and whether it holds here, where the truth is known. "yes": the first share is
+larger than the second by more than chance explains (95 %). "no": it is smaller by as much. "not
+shown": the difference may be chance.
 
 | section | the paper | here, % | holds | experiment |
 | --- | --- | --- | --- | --- |"""
 
 
-def mean(x):
+def with_interval(x):
     """The mean of a tensor with its 95 % interval, as text; of bools the share of what is true."""
     if not x.numel():
         return "–"
@@ -869,7 +869,7 @@ def table(rows):
     """Rows, dicts of what stands in which column, as Markdown."""
     def cell(key, value):
         if torch.is_tensor(value):
-            return mean(value)
+            return with_interval(value)
         if isinstance(value, float):
             text = f"{100 * value:.1f}" if key.endswith("%") else f"{value:.3g}"
             return text.replace("nan", "–")                              # where nothing was seen
@@ -885,15 +885,16 @@ def run(name, bench):
     began, device, bench.figures, bench.claims = time.time(), bench.unclip.device, [], []
     rows = EXPERIMENTS[name](bench)
     question, _, answer = inspect.getdoc(EXPERIMENTS[name]).partition("\n\n")
-    command = f"python evaluate.py --only {name} --seed {bench.seed}" + \
+    typed = f"python evaluate.py --only {name} --seed {bench.seed}" + \
         (f" --n {bench.n}" if bench.n else "") + \
+        (" --data-dir …" if bench.data_dir else "") + \
         (f" --weights {bench.weights}" if bench.weights != SHIPPED / "shapes" else "")
     hardware = torch.cuda.get_device_name() if device.type == "cuda" else \
         f"{device.type}, {torch.get_num_threads()} threads"
     section = "\n\n".join([
         f"{name}: {question}", answer, table(rows), *bench.claims,
         *(f"![{file}]({file}.png)\n\n*{caption}*" for file, caption in bench.figures),
-        f"`{command}`: {(time.time() - began) / 60:.1f} minutes on {hardware}."]) + "\n"
+        f"`{typed}`: {(time.time() - began) / 60:.1f} minutes on {hardware}."]) + "\n"
     page = bench.out / "README.md"
     old = page.read_text(encoding="utf-8").split("\n## ")[1:] if page.exists() else []
     sections = {text.split(":")[0]: text for text in old} | {name: section}
@@ -917,8 +918,6 @@ def command(argv):
     add("--n", type=int, help="at most so many captions, or rounds of them: a quick look, for "
         "another --out")
     add("--data-dir", help="where cifar10 (default: downloaded), coco or the folder is")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-        help="cpu, cuda or mps (default: %(default)s)")
     args = parser.parse_args(argv)
     for name, least in ("n", 2), ("seed", 0):
         if getattr(args, name) is not None and getattr(args, name) < least:

@@ -1,8 +1,8 @@
 """Who says what is right: judges that read pictures, and every measure of evaluate.py.
 
-What unCLIP draws is read by a small convolutional network. It learnt from renders or photos
-alone, and it shares no weight with CLIP: otherwise CLIP would grade its own work. Each measure is
-a function of a few lines, with a case in tests/test_judge.py whose answer is known.
+What unCLIP draws is read by a small convolutional network. It learnt from renders, signs or photos
+alone, and it shares no weight with CLIP: otherwise CLIP would grade its own work. Each measure is a
+function of a few lines, with a case in tests/test_judge.py whose answer is known.
 
 Next chapter: evaluate.py.
 """
@@ -33,9 +33,9 @@ class JudgeConfig:
 
 
 class Judge(nn.Module):
-    """Reads pictures of shapes. Of what shapes.labels_of knows it answers the relation, and for
-    both solids shape, colour, size and position. With another config it has a single head: it reads
-    the letters of signs or, with other layers, it classifies photos."""
+    """Reads pictures of shapes: the relation, and of both solids shape, colour, size and position,
+    coded as in shapes.labels_of. With another config it has a single head: for the letters of a
+    sign or, on other layers, for the class of a photo."""
 
     HEADS = {"relation": (len(RELATIONS),), "shape": (2, len(SHAPES)), "colour": (2, len(COLOURS)),
              "size": (2, len(SIZES)), "position": (2, 2)}
@@ -122,7 +122,7 @@ def train_judge(judge, images, labels, vary, steps, batch_size=128):
     learn to overlook."""
     device = judge.head.weight.device
     images, labels = images.to(device), {key: v.to(device) for key, v in labels.items()}
-    optimizer = torch.optim.AdamW(judge.train().parameters(), lr=3e-3, weight_decay=0.05)
+    optimizer = torch.optim.AdamW(judge.train().parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
     torch.manual_seed(0)
     for _ in tqdm(range(steps), "training a judge"):
@@ -237,12 +237,11 @@ def wilson(right):
 
 
 def larger(a, b):
-    """bool (N,), bool (M,): is the share of what is true larger in `a` than in `b`, by more than
-    the 95 % interval of the difference (Agresti & Caffo 2000: a success and a failure are added
-    to each)?"""
-    shares = [((x.sum() + 1) / (len(x) + 2)).item() for x in (a, b)]
-    variance = sum(p * (1 - p) / (len(x) + 2) for p, x in zip(shares, (a, b)))
-    return shares[0] - shares[1] > 1.96 * math.sqrt(variance)
+    """a (N,), b (M,) bool: is the share of True larger in a, by more than the 95 % interval of the
+    difference (Agresti & Caffo 2000, who add one True and one False to each)?"""
+    p_ab = [((x.sum() + 1) / (len(x) + 2)).item() for x in (a, b)]
+    variance = sum(p * (1 - p) / (len(x) + 2) for p, x in zip(p_ab, (a, b)))
+    return p_ab[0] - p_ab[1] > 1.96 * math.sqrt(variance)
 
 
 def ratio(x, to):
@@ -275,9 +274,9 @@ def spread(x):
 
 
 def shares(x):
-    """Two causes, with k levels each: x (k, k, n) has a row for each level of the first, a column
-    for each of the second → the shares of the variance that are due to the first, to the second,
-    and to both together (two-way analysis of variance; none is below 0)."""
+    """Two causes, with k levels each. x (k, k, n): a row is a level of the first, a column one of
+    the second. Returns three shares of the variance: due to the first, to the second, and to both
+    together (two-way analysis of variance; none is below 0)."""
     k, mean = len(x), x.mean((0, 1))
     first, second = x.mean(1) - mean, x.mean(0) - mean                           # (k, n) each
     both = (x - mean - first[:, None] - second).square().sum() / (k - 1) ** 2
@@ -349,10 +348,10 @@ def first_guess(images, judge):
 def fit_scenes(images, asked, judge, candidates=24, plan=((32, 16), (64, 6)), seed=0):
     """uint8 (N, 3, S, S), and N pairs (shape, colour) → for each the Scene most like the picture.
 
-    Differential evolution (Storn & Price 1997): each candidate tries a step towards the picture's
-    best one, plus the difference of two others, and takes it if the picture looks more like that.
-    Steps become small by themselves, as the candidates gather. plan: pixels and generations. It
-    ends with more pixels, because the tracer's few rays a pixel are no exact area means.
+    Differential evolution (Storn & Price 1997): each candidate is moved towards the best one of its
+    picture, and by the difference of two others. It stays there if its render is now more like the
+    picture. Moves become small by themselves, as the candidates gather. plan: pixels and
+    generations. The last ones have more pixels, because a small render is no exact area mean.
     """
     N, S, g = len(images), images.shape[-1], torch.Generator().manual_seed(seed)
     rand = lambda *shape: torch.rand(N, candidates, *shape, generator=g)

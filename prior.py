@@ -41,10 +41,9 @@ class DiffusionPrior(nn.Module):
 
     The sequence: [caption tokens | z_t | timestep | noised z_i | a learnt final embedding]. Each
     position sees itself and what stands before it, but no padding. So the final embedding sees
-    all, and the output there is the answer, v. The loss compares the z_i that v means with the
-    true z_i, without noise.
-    differs from the paper: "encoded text" there; here the tokens are embedded straight into this
-    Transformer, which the paper's parameter counts suggest as well.
+    all, and the output there is v. The loss compares the z_i computed from v with the true z_i.
+    differs from the paper: its prior reads "encoded text", this one embedded tokens. (App. C names
+    a text encoder for the AR prior only, so the paper may do the same.)
     """
 
     # The paper scales z_i by 17.2 = 0.5375·√1024, so that a coordinate varies as much as a pixel in
@@ -54,8 +53,8 @@ class DiffusionPrior(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = c = config
-        # x_0, here z_i: the paper found this better than comparing eps, and gives no reason.
-        # power=2: more of a sampler's times are near 0, where the axes are decided that whitening
+        # x_0 is z_i here. The paper found it better to compare x_0 than eps, and gives no reason.
+        # power=2: more of a sampler's times are near 0. There the axes are decided that whitening
         # leaves small.
         self.diffusion = Diffusion(objective="x_0", power=2)
         self.token = nn.Embedding(c.vocab, c.width)
@@ -73,7 +72,7 @@ class DiffusionPrior(nn.Module):
 
     def forward(self, z_i_t, t, z_t, tokens):
         """The network f: z_i_t (B, D) noised, t (B,), z_t (B, D), tokens (B, L) → v (B, D)."""
-        B, L = tokens.shape             # the factors make coordinates of about 1, as others are
+        B, L = tokens.shape     # z_t and z_i_t get a factor: their coordinates become about 1
         text = self.token(tokens)                                             # (B, L, width)
         z_t = self.z_t(z_t * self.config.dim ** 0.5)[:, None]                 # (B, 1, width)
         time = self.time(timestep_embedding(t, self.config.width))[:, None]   # (B, 1, width)
@@ -89,7 +88,7 @@ class DiffusionPrior(nn.Module):
         computed from the answer v at (z_i_t, t, y).
 
         z_i (B, D), whitened; z_t (B, D), unit norm; tokens (B, L). Where training hides the caption
-        it hides z_t too, which tells the same.
+        it hides z_t too: z_t would give the caption away.
         """
         B, device = len(z_i), z_i.device
         t = torch.randint(1, self.diffusion.T + 1, (B,), device=device, generator=generator)
@@ -102,12 +101,11 @@ class DiffusionPrior(nn.Module):
     def sample(self, z_t, tokens, noise, steps=32, eta=0.0, guidance=1.0):
         """z_t (B, D), tokens (B, L) → z_i (B, D), whitened. noise(): (B, D) standard normal.
 
-        The paper found that guiding the prior hurts, so it is unguided by default.
-        differs from the paper: sampled by DDIM, not with Analytic-DPM's variance. With DDPM's, so
-        few steps would make samples too much alike.
+        The paper found that guiding the prior hurts (sec. 5.5), so it is unguided by default.
+        differs from the paper: the paper samples by Analytic-DPM, this code by DDIM. In so few
+        steps, DDPM's variance would make samples too similar.
         """
-        nulls = torch.zeros_like(z_t), torch.zeros_like(tokens)
-        f = guided(self, guidance, (z_t, tokens), nulls)
+        f = guided(self, guidance, (z_t, tokens))
         return self.diffusion.sample(f, noise(), steps, eta, noise) / self.SCALE
 
 
@@ -123,14 +121,14 @@ class ARPriorConfig:
     buckets: int = 64        # values a code may have; the paper: 1,024
     width: int = 192
     depth: int = 4
-    drop_text: float = 0.1   # how often training hides the caption, as the paper does for both
+    drop_text: float = 0.1   # as in the paper, for guidance; `sample` has none
 
 
 class Codes(nn.Module):
     """Real numbers as small integers, and back. Each of n columns has buckets of its own.
 
-    The buckets of a column hold equally many training values each (the paper leaves the edges
-    open), and decode to the mean of what they hold. All of it is state, saved with the prior.
+    The buckets of a column hold equally many training values each (the paper does not give its
+    edges), and decode to the mean of what they hold. Edges and centres are saved with the prior.
     """
 
     def __init__(self, n, buckets):
@@ -164,14 +162,15 @@ class ARPrior(nn.Module):
     in buckets. CLIP.fit_axes made the axes principal ones, so the first codes say most, and k of
     them are enough: those that hold 99 % of the variance.
 
-    The dot is z_i·z_t in buckets. How can a function of z_i be an input, when z_i is what we are
-    after? It is the first thing that is drawn: it says how well the picture will fit its caption,
-    and the codes after it are drawn given that. In training z_i is known, so the true dot is shown.
-    A sampler may draw it from p(dot | y), and then z_i follows p(z_i | y); or from the upper half
-    alone, and then it asks for a good fit. The mask is the same: each position sees itself and what
-    stands before it, and its target is the next symbol.
-    differs from the paper: 99 % of the variance of whitened z_i, not of z_i as it is. Where solids
-    stand is in axes that hold little of the plain variance.
+    The dot is z_i·z_t in buckets: it says how well the picture fits its caption. It is a function
+    of z_i, which is not yet known, and can be an input all the same: it is drawn first, and the
+    codes are drawn given the dot. In training z_i is known, so the true dot is shown. A sampler may
+    draw the dot from p(dot | y), and then z_i follows p(z_i | y); or from the upper half alone, and
+    then it asks for a good fit. The dot and the codes are the symbols. Each position sees itself
+    and what stands before it, and its target is the next symbol.
+    differs from the paper: its AR prior reads the caption by a Transformer text encoder (app. C);
+    here the tokens are embedded. And k covers 99 % of the variance of whitened z_i, not of plain
+    z_i: where solids stand is in axes that hold little of the plain variance.
     """
 
     def __init__(self, config):
@@ -226,8 +225,8 @@ class ARPrior(nn.Module):
 
         top_half: the dot is drawn from p(dot | y), cut to the upper half of the training values.
         With False, and temperature 1, z_i follows p(z_i | y).
-        differs from the paper: it draws from that half without y; but not every caption can be
-        fitted equally well.
+        differs from the paper: it says "the top half of the distribution", and names no condition.
+        Here the dot is drawn given y, since not every caption can be fitted equally well.
         """
         symbols = tokens.new_zeros(len(tokens), 0)
         for k in range(1 + self.config.components):

@@ -123,7 +123,7 @@ def write_steps(args, unclip):
     """Draw the first picture again, and write OUT/steps.png: what each part does for it."""
     tokens, rows, _ = next(unclip.batches(args.prompts[:1], 1, BATCH))
     z_i, moments = unclip.draw_z_i(tokens, args.seed, rows, args.prior or "diffusion"), []
-    x = unclip.draw_x(z_i, tokens, args.seed, rows, **args.how, trace=lambda t, x_t, x_0:
+    x = unclip.draw_x(z_i, tokens, args.seed, rows, **args.how, watch=lambda t, x_t, x_0:
                       moments.append((f"t = {t}", to_uint8(x_t)[0], to_uint8(x_0)[0])))
     names, x_t, x_0 = zip(*(moments[round(k * (len(moments) - 1) / 7)] for k in range(8)))
     large = x if args.no_upsample else unclip.upsample(x, args.seed, rows)
@@ -172,8 +172,6 @@ def parse(argv):
         help="text: z_t in place of z_i; none: the caption alone (default: diffusion)")
     add("--weights", metavar="DIR", default=SHIPPED / "shapes",
         help="default: weights/shapes, which come with the code")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-        help="cpu, cuda or mps (default: %(default)s)")
     add("--show", action="store_true", default=None,
         help="write steps.png too: how the first one came about")
     add("--out", metavar="DIR", default="samples",
@@ -215,16 +213,16 @@ def check_numbers(args):
     fewest = 2 if args.interpolate or args.edit else 1
     most = max(1, MOST // max(1, len(args.prompts)))
     for key, least, most in (("n", fewest, most), ("seed", 0, math.inf), ("eta", 0, 1),
-                             ("steps", 2 if args.files else 1, 1000),     # one inverts nothing
+                             ("steps", 2 if args.files else 1, 1000),     # see Diffusion.invert
                              ("guidance", -100, 100)):
         value = getattr(args, key)
-        if value is not None and not least <= value <= most:              # nor is nan
+        if value is not None and not least <= value <= most:              # so for nan
             choices = f"from {least} to {most}" if most < math.inf else f"{least} or more"
             raise ValueError(f"--{key} {value}: choose {choices}")
 
 
 def check_captions(args, unclip, ignored):
-    """Refuse captions that can't be read; note what may not be meant."""
+    """Refuse captions that can't be read; warn of what the user may not mean."""
     if args.captions:
         unclip.clip.tokenizer(args.captions)
     for caption in dict.fromkeys(args.captions):

@@ -3,7 +3,7 @@
 unCLIP learns from pairs of a picture x and a caption y. Here both are made, so nothing is
 downloaded and the truth about each picture is known. A caption names some of what is to be seen:
 shapes, colours, sizes, a relation. It never names where a solid stands, how it is turned, the
-light, or the floor's tint. These are the "non-essential details" (paper, sec. 3.1) that a
+light, or the floor's tint. These are the "non-essential details" (paper, Fig. 3) that a
 picture's variations are free to change. Four pairs of colour and shape never occur in the data:
 a model that draws them has composed them, it has not remembered them.
 
@@ -103,8 +103,9 @@ class Scene:
 def sample_scene(rng, given=None):
     """Draw a scene with a random.Random. `given`, as from parse_caption(), fixes some of it.
 
-    The rest follows the training set's law: colour and shape of a solid are uniform over the pairs
-    that may be seen (if both are given, any pair may), and its size does not depend on them.
+    The rest follows the training set's distribution: colour and shape of a solid are uniform over
+    the pairs that may be seen (if both are given, any pair may), and its size does not depend on
+    them.
     """
     given = given or {}
     relation = given.get("relation") or rng.choice(RELATIONS)
@@ -120,12 +121,12 @@ def sample_scene(rng, given=None):
         size = names.get("size") or rng.choice(SIZES)
         solids.append(Solid(shape, colour, size, yaw=rng.uniform(0, math.pi / 2)))
     arrange(solids, relation, rng)
-    hue, depth, value = rng.random(), rng.uniform(0.05, 0.2), rng.uniform(0.86, 0.96)
-    floor = tuple(value * (1 - depth * (0.5 + 0.5 * math.cos(2 * math.pi * (hue - c / 3))))
+    hue, saturation, value = rng.random(), rng.uniform(0.05, 0.2), rng.uniform(0.86, 0.96)
+    floor = tuple(value * (1 - saturation * (0.5 + 0.5 * math.cos(2 * math.pi * (hue - c / 3))))
                   for c in range(3))
-    azimuth, height = math.radians(rng.uniform(-75, 75)), math.radians(rng.uniform(38, 56))
-    light = (math.sin(azimuth) * math.cos(height), math.sin(height),
-             -math.cos(azimuth) * math.cos(height))
+    azimuth, elevation = math.radians(rng.uniform(-75, 75)), math.radians(rng.uniform(38, 56))
+    light = (math.sin(azimuth) * math.cos(elevation), math.sin(elevation),
+             -math.cos(azimuth) * math.cos(elevation))
     return Scene(relation, solids, floor, light)
 
 
@@ -137,7 +138,7 @@ def item(split, i, seed=0):
 
 
 def scenes_for(caption, n, seed=0):
-    """n scenes of which the caption is true; all it leaves open follows the training set's law."""
+    """n scenes of which the caption is true; the rest follows the training set's distribution."""
     given = parse_caption(caption)
     if given is None:
         raise ValueError(f"no scene for {caption!r}: write it like "
@@ -305,9 +306,9 @@ def stacked(solids, reach, rng):
 
 # ---- The ray tracer -----------------------------------------------------------------------------
 
-SAMPLES = 4    # squared: rays of a pixel
-MANY = 500     # pictures are worth the start of several processes
-PORTION = 20   # pictures come from a process at once
+SAMPLES = 4    # rays across a pixel, and down: a pixel has 16
+MANY = 500     # from so many pictures on, it pays to start several processes
+PORTION = 20   # pictures that a process hands over at once
 AMBIENT, DIFFUSE, SHINE = 0.5, 0.62, 0.35
 
 
@@ -327,7 +328,7 @@ class Renders:
 def render(scenes, size=32, title=None):
     """N scenes → uint8 (N, 3, size, size). Given a title, a progress bar goes to stderr."""
     # A picture is hundreds of small operations. Threads wait for each other at each of them, so
-    # that two draw no faster than one. Processes do not.
+    # two threads draw no faster than one. Processes do not wait for each other.
     threads = torch.get_num_threads()
     loader = DataLoader(Renders(scenes, size), batch_size=PORTION, generator=torch.Generator(),
                         num_workers=threads if len(scenes) >= MANY and threads > 1 else 0)
@@ -370,15 +371,15 @@ def slab(o, d, low, high):
 def crossing(s, o, d):
     """The t at which rays o + t d enter and leave the solid; enter < leave is false if they miss.
 
-    A solid is what a few bodies share: the layer 0 <= y <= h with, for a cube, two more layers, or
-    else with the round body x² + z² + A y² + B y + C <= 0. On a ray, each body is an interval.
+    A solid is the overlap of a few bodies: of three layers for a cube, or else of the layer
+    0 <= y <= h and the round body x² + z² + A y² + B y + C <= 0. On a ray, each is an interval.
     """
     ox, oy, oz = point_in(s, o)
     dx, dy, dz = direction_in(s, d)
     parts = [slab(oy, dy, 0, s.h)]
     if s.cube:
         parts += [slab(ox, dx, -1, 1), slab(oz, dz, -1, 1)]
-    else:    # a t² + 2 b t + c <= 0, with a > 0: neither eye nor light looks down into a cone
+    else:    # a t² + 2 b t + c <= 0, with a > 0: every ray is less steep than a cone's side
         a = dx * dx + dz * dz + s.A * dy * dy
         b = ox * dx + oz * dz + (s.A * oy + s.B / 2) * dy
         c = ox * ox + oz * oz + (s.A * oy + s.B) * oy + s.C
@@ -409,7 +410,7 @@ def camera(size):
     """The R = (size SAMPLES)² rays of a picture: right (R,), down (R,) and light's spread (3, R).
 
     No two rays of a pixel are in one column or row (N rooks, Shirley 1991): an upright edge that
-    moves across the pixel meets them one by one, and so it darkens in 16 steps, not in 4.
+    moves across the pixel meets them one by one, and so the pixel darkens in 16 steps, not in 4.
     Each of them sees the light from another direction of a small disc, so that shadows have soft
     edges.
     """

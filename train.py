@@ -39,7 +39,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
-from checkpoints import (KINDS, SHIPPED, Parser, about, check_clip, check_out, find_device,
+from checkpoints import (ALL_PARTS, SHIPPED, Parser, about, check_clip, check_out, find_device,
                          load_part, read_torch, run_command, save_part, say, sound_weights,
                          write_torch)
 from clip_tiny import Tokenizer, components_needed
@@ -55,7 +55,6 @@ class Recipe:
     batch_size: int
     lr: float
     weight_decay: float = 0.0
-    beta2: float = 0.99              # short runs: the second moment must keep up
 
 
 RECIPES = {
@@ -75,7 +74,7 @@ SIZES = {
              "upsampler": dict(channels=(64, 128, 192), blocks=(1, 2, 2), width=256)}}
 
 # GLIDE in miniature, from captions alone: evaluate.py compares it with unCLIP (sec. 5.3).
-# Its sketch can tell nothing, so that it needs no MLP.
+# Its sketch sees no z_i, so it needs no hidden layer.
 TEXT_ONLY = dict(drop_z_i=1.0, drop_text=0.1, sketch_depth=0)
 
 # The loss of each stage, on a batch b as Pairs.batch makes it, with random numbers by g.
@@ -106,7 +105,7 @@ def train(run):
     check_memory(run, model, pairs)
     state = State(run, model)                            # fresh, or as the last run left it
     run.say(f"from step {state.step} to {r.steps}, {r.batch_size} pictures a step, on {run.device}")
-    first, saved, began = state.step, time.monotonic(), time.monotonic() - state.seconds
+    first, saved_at, began = state.step, time.monotonic(), time.monotonic() - state.seconds
     bar = tqdm(desc=run.stage, total=r.steps, initial=first,         # in a file, two lines a minute
                mininterval=1 if sys.stderr.isatty() else 30)
     with open_log(run) as log, signals_heeded() as stopped, bar:
@@ -125,14 +124,14 @@ def train(run):
             state.optimizer.step()
             state.step += 1
             state.update_ema()
-            state.sums += torch.stack([loss.detach(), norm])    # to read them now would stop a GPU
+            state.sums += torch.stack([loss.detach(), norm])    # reading them now would stall a GPU
             state.seconds = time.monotonic() - began
             bar.update()
             if state.step % math.ceil(r.steps / LOG_ROWS) == 0 or state.step == r.steps:
                 report(run, state, validation, log, bar)
-            if time.monotonic() - saved > SAVE_SECONDS:
+            if time.monotonic() - saved_at > SAVE_SECONDS:
                 save(run, state, pairs)
-                saved = time.monotonic()
+                saved_at = time.monotonic()
         done = state.step == r.steps
         if state.step > first or done and not run.files["pt"].exists():
             save(run, state, pairs)
@@ -142,16 +141,16 @@ def train(run):
 
 
 def check_memory(run, model, pairs):
-    """Refuse a batch that can't fit. Measured by what 16 pictures keep for the gradient."""
+    """Refuse a batch too large for the memory, judged by what 16 pictures keep for the gradient."""
     kept, g, n = {}, torch.Generator(run.device), run.recipe.batch_size
     have = torch.cuda.mem_get_info(run.device)[1] if run.device.type == "cuda" else MEMORY
 
-    def note(a):
+    def keep(a):
         kept[a.untyped_storage().data_ptr()] = a.untyped_storage().nbytes()
         return a
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda a: a), autocast(run.device):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda a: a), autocast(run.device):
         loss = STAGES[run.stage](model, pairs.draw(16, g), g)
-    for p in model.parameters():                         # they are there once, for any batch
+    for p in model.parameters():                         # weights are kept once, for any batch
         kept.pop(p.untyped_storage().data_ptr(), None)
     need = sum(kept.values()) / 16 * n
     if need > have:
@@ -196,9 +195,9 @@ def report(run, state, validation, log, bar):
 
 @torch.no_grad()
 def validate(run, ema, pairs):
-    """Columns of the log, as (name, value): the loss, with the same draws and noise each time; and
-    of a decoder, for each group of pictures, 1,000 times its x_0 error at five t, and its sketch's.
-    """
+    """Yields columns of the log, (name, value): the loss, with the same draws and noise each time.
+    For a decoder, also 1,000 times the squared errors of x_0, at five t, and of the sketch, for
+    each group of pictures."""
     g, n = torch.Generator(run.device).manual_seed(0), run.recipe.batch_size
     with autocast(run.device):
         losses = [STAGES[run.stage](ema, pairs.draw(n, g), g)
@@ -213,7 +212,7 @@ def validate(run, ema, pairs):
                 v = ema(x_t, ts, b.z_i, b.tokens).float()
                 x_0, _ = ema.diffusion.x_0_and_eps(v, x_t, ts)
                 yield f"{name}_{t}", 1000 * F.mse_loss(x_0, b.x).item()
-            if not run.args.text_only:                   # which hides z_i, and so has none
+            if not run.args.text_only:                   # its sketch is drawn without z_i
                 yield f"{name}_sketch", 1000 * ema.sketch_error(b.x, b.z_i).item()
 
 
@@ -221,16 +220,16 @@ def picture_to_watch(run, model, pairs):
     """True pictures, and what the part makes of them: uint8 (3, H, W), or None."""
     true, rows, quickly = pairs.images[:8], range(len(pairs.images[:8])), dict(steps=16, eta=0.0)
     noise = Noise(0, rows, true.shape[1:], "watch", run.device)
-    if run.stage == "upsampler":                     # of small ones: enlarged, and upsampled
+    if run.stage == "upsampler":                     # small pictures: enlarged, and upsampled
         low = to_float(pairs.small[:8])
         drawn = [model.enlarge(low), model.sample(low, noise)]
-    elif run.stage == "decoder":                     # of their z_i alone, or captions alone
+    elif run.stage == "decoder":                     # drawn from z_i alone, or captions alone
         tokens = pairs.tokens[pairs.text_of[:8, 0]] if run.args.text_only else None
         drawn = [model.sample(run.clip.whiten(pairs.z_i[0, :8]), tokens, noise, **quickly)]
-    elif run.clip and run.decoder:                   # of their captions
-        unclip, tokens = UnCLIP(run.clip, run.decoder), pairs.tokens[pairs.text_of[:8, 0]]
-        unclip.parts[run.part], kind = model, "ar" if run.part == "ar_prior" else "diffusion"
-        z_i = unclip.draw_z_i(tokens, 0, rows, prior=kind)
+    elif run.clip and run.decoder:                   # drawn from their captions
+        unclip = UnCLIP(run.clip, run.decoder, **{run.part: model})
+        tokens = pairs.tokens[pairs.text_of[:8, 0]]
+        z_i = unclip.draw_z_i(tokens, 0, rows, "ar" if run.part == "ar_prior" else "diffusion")
         drawn = [unclip.draw_x(z_i, tokens, 0, rows, **quickly)]
     else:
         return None
@@ -266,8 +265,8 @@ class Pairs:
     """Pictures with captions, on the device as a whole: a batch is an index.
 
     Captions repeat: 60,000 pictures have far fewer different ones. So tokens and z_t are kept once
-    for each, and a picture keeps the numbers of its own. CLIP is frozen, so that z_i and z_t are
-    computed here, once; of z_i there is a view for mirrored pictures too, where these may be.
+    for each different caption, and text_of has the indices of a picture's captions. CLIP is frozen,
+    so z_i and z_t are computed here, once. If pictures may be mirrored, z_i has two views.
     small: for the upsampler, the same pictures in the size in which the decoder learns them. An
     area mean of large ones would be cleaner than what the decoder draws.
     """
@@ -357,9 +356,9 @@ def shifted(x, generator, most=4):
 
 
 def build(run, pairs):
-    """The part as training starts: random, by the seed, or as --init has it; the AR prior's codes
-    are of these pairs."""
-    (kind, config), options = KINDS[run.part], dict(SIZES[run.args.size][run.stage])
+    """The part before its first step: random, by the seed, or --init's. The AR prior's buckets are
+    fitted to these pairs."""
+    (kind, config), options = ALL_PARTS[run.part], dict(SIZES[run.args.size][run.stage])
     if run.stage in ("clip", "decoder"):
         options["image_size"] = run.image_size
     if run.stage != "upsampler":
@@ -418,7 +417,7 @@ class Run:
         self.clip = self.decoder = None
         if stage not in ("clip", "upsampler"):
             self.clip = self.load_clip()
-            with suppress(ValueError, OSError):        # none, or none that fits: nothing to watch
+            with suppress(ValueError, OSError):        # without a decoder that fits: no picture
                 decoder = load_part(self.find("decoder"), self.device)
                 check_clip(decoder, self.clip, "")
                 self.decoder = decoder
@@ -458,8 +457,8 @@ class Run:
         return clip
 
     def load_state(self):
-        """What to go on from, or None. Raises ValueError for the state of another run, which is
-        one with another identity."""
+        """The saved state to go on from, or None. Raises ValueError if it is damaged, or if its run
+        had another identity."""
         path = self.files["state.pt"]
         if self.args.restart or not path.exists():
             return None
@@ -487,8 +486,8 @@ class State:
         matrices = [p for p in model.parameters() if p.dim() > 1]
         vectors = [p for p in model.parameters() if p.dim() <= 1]          # biases, norms: no decay
         self.optimizer = torch.optim.AdamW(
-            [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}], r.lr, (0.9, r.beta2),
-            weight_decay=r.weight_decay, fused=True)
+            [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}], r.lr, (0.9, 0.99),
+            weight_decay=r.weight_decay, fused=True)     # 0.99: short runs, so short a memory
         self.generator = torch.Generator(run.device).manual_seed(run.args.seed)
         self.step, self.seconds, self.rows = 0, 0.0, []          # rows: of the log
         self.sums = torch.zeros(2, device=run.device)            # since the last row: loss, norm
@@ -501,7 +500,7 @@ class State:
                                  f"another device ({reason}); --restart begins anew") from None
 
     def update_ema(self):
-        """Average the weights over about the last ninth of all steps so far, however many."""
+        """Average the weights over about the last ninth of the steps so far."""
         weights = [p.detach() for p in self.model.parameters()]
         torch._foreach_lerp_(list(self.ema.parameters()), weights, 9 / (10 + self.step))
 
@@ -514,7 +513,7 @@ class State:
                 "step": self.step, "seconds": self.seconds, "rows": self.rows}
 
     def load(self, saved, steps):
-        """The inverse of `dump`. Some exception is raised if `saved` is not one of such a run."""
+        """The inverse of `dump`. Raises some exception if `saved` was not dumped by such a run."""
         s = SimpleNamespace(**saved)
         assert s.tokenizer == self.dump()["tokenizer"], "its captions were others"
         assert 0 < s.step <= steps, f"its step is {s.step}"
@@ -541,7 +540,7 @@ def save(run, state, pairs):
     check_finite(run, state)
     part = copy.deepcopy(state.ema)
     part.clip_id, part.tokenizer = state.model.clip_id, state.model.tokenizer
-    if run.stage == "clip":       # what learns on this copy will not fit a later one
+    if run.stage == "clip":       # a part trained on this copy will not fit a later copy
         part.clip_id += f"-{state.step}"
         part.fit_axes(embed_images(part, pairs.images[:AXES_PICTURES]))
     args = {name: getattr(run.args, name) for name in ("data", "size", "limit", "seed")}
@@ -554,7 +553,7 @@ def save(run, state, pairs):
 
 
 def check_finite(run, state):
-    """Good weights are not overwritten once a loss or a gradient is no finite number."""
+    """Raises ValueError if a loss or gradient is not finite, so that good weights are kept."""
     if not state.sums.isfinite().all():
         raise ValueError(f"{run.stage}: at step {state.step} the loss is no finite number any more;"
                          f" the last good weights stay in {run.folder}; begin anew with --restart "
@@ -603,8 +602,8 @@ def write_log(log, rows):
 
 @contextmanager
 def signals_heeded():
-    """Ctrl-C and SIGTERM end the loop after the step in hand, so that the state can be saved: they
-    fill the list that is yielded."""
+    """Ctrl-C and SIGTERM end the loop after the step in hand, so that the state can be saved.
+    Yields a list, which they fill."""
     heard = []
     before = {number: signal.signal(number, lambda *_: heard.append(True))
               for number in (signal.SIGINT, signal.SIGTERM)}
@@ -627,18 +626,18 @@ def profile(run):
     def forward():
         with autocast(run.device):
             b.loss = STAGES[run.stage](model, b.batch, state.generator)
-    parts = {"data": lambda: vars(b).update(batch=pairs.draw(r.batch_size, state.generator)),
+    phases = {"data": lambda: vars(b).update(batch=pairs.draw(r.batch_size, state.generator)),
              "forward": forward,
              "backward": lambda: (state.optimizer.zero_grad(), b.loss.backward(),
                                   torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)),
              "optimizer": state.optimizer.step, "EMA": state.update_ema}
     with FlopCounterMode(display=False) as counter:
-        for part in parts.values():                      # the first step is slower, and not timed
-            part()
-    spent, steps = dict.fromkeys(parts, 0.0), 0
+        for phase in phases.values():                    # the first step is slower, and not timed
+            phase()
+    spent, steps = dict.fromkeys(phases, 0.0), 0
     while steps < 3 or sum(spent.values()) < PROFILE_SECONDS:
-        for name, part in parts.items():
-            spent[name] += timed(part, run.device)
+        for name, phase in phases.items():
+            spent[name] += timed(phase, run.device)
         steps += 1
     total = sum(spent.values())
     gflops = counter.get_total_flops() / 1e9 * steps / total
@@ -685,14 +684,13 @@ def parse(argv):
     add("--stage", default="all", choices=["all", *STAGES], help="default: %(default)s")
     add("--data", default="shapes", choices=data.DATASETS, help="default: %(default)s")
     add("--data-dir", help="where cifar10 (default: downloaded), coco or the folder is")
-    add("--limit", type=int, help="how many training pictures to use (default: all; shapes: 60000)")
-    add("--size", default="small", choices=list(SIZES), help="base: for a GPU (default: small)")
+    add("--limit", type=int, help="how many training pictures (default: all; shapes: 60000, signs: "
+        "30000)")
+    add("--size", default="small", choices=SIZES, help="base: for a GPU (default: small)")
     add("--steps", type=int, help="default: the stage's recipe")
     add("--batch-size", type=int, help="pictures a step (default: the stage's recipe)")
     add("--lr", type=float, help="peak learning rate (default: the stage's recipe)")
     add("--seed", type=int, default=0, help="of first weights, batches and noise (default: 0)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-        help="cpu, cuda or mps (default: %(default)s)")
     add("--out", help="folder of the run (default: runs/<data>)")
     add("--init", help="folder of weights to begin with")
     add("--text-only", action="store_true", help="a decoder of captions alone, to compare with")

@@ -6,9 +6,9 @@ Text-Conditional Image Generation with CLIP Latents", arXiv 2204.06125).
 The paper's idea (sec. 2): a picture x has exactly one CLIP image embedding z_i, so p(x | y) =
 p(x, z_i | y) = p(x | z_i, y) p(z_i | y). A *prior* draws an embedding that fits the caption. A
 *decoder* draws a picture that has this embedding. z_i says what matters in a picture, and noise
-says the rest. Where none is added on the way, all of it is in x_T, the noise at the start. With z_i
-and x_T, pictures can also be reconstructed, varied, interpolated, and edited by their captions
-(sec. 3).
+says the rest. If a sampler adds no noise on its way, all the rest is in x_T, the noise at the
+start. With z_i and x_T, pictures can also be reconstructed, varied, interpolated, and edited by
+captions (sec. 3).
 
 Reading order: unclip, diffusion, clip_tiny, prior, decoder, which are the paper; then train,
 sample, shapes, data, judge, evaluate, checkpoints.
@@ -31,7 +31,7 @@ class UnCLIP:
     Every part but CLIP may be None. All that is random is a function of the seed and of a picture's
     row, its index within its prompt. CLIP is frozen: it is no sub-module of the others, so their
     training can't change it, and its embeddings can be computed once and kept. Here z_i has unit
-    norm; the other parts are shown it whitened, each axis divided by its spread (CLIP.whiten).
+    norm; priors and decoder are shown z_i whitened, each axis divided by its spread (CLIP.whiten).
     """
 
     def __init__(self, clip, decoder=None, prior=None, ar_prior=None, upsampler=None):
@@ -41,8 +41,8 @@ class UnCLIP:
 
     @classmethod
     def load(cls, folder=SHIPPED / "shapes", device="cpu"):
-        """The parts in a folder, and for those missing there the shipped ones, if they belong to
-        the same CLIP. Raises ValueError or OSError, in one line."""
+        """Load the parts in a folder, and the shipped part for each that is missing there, if both
+        belong to the same CLIP. Raises ValueError or OSError, in one line."""
         return cls(**load_parts(folder, device))
 
     def part(self, name):
@@ -73,10 +73,10 @@ class UnCLIP:
         return torch.stack([pictures[place] for place in range(len(captions) * n)])
 
     def batches(self, captions, n, batch):
-        """The work in portions: tokens (batch, L), each picture's row, and its place in the result.
+        """The work in batches: tokens (batch, L), each picture's row, and its place in the result.
 
-        Each portion has `batch` pictures; the last is filled up with copies. Rounding depends on
-        the size of a batch, so a picture would otherwise depend on how many others are drawn.
+        Each has `batch` pictures; a shorter one is filled up with copies. Rounding depends on the
+        size of a batch, so a picture would otherwise depend on how many others are drawn.
         """
         tokens = [self.clip.tokenizer([caption]).to(self.device) for caption in captions]
         work = sorted((tokens[k].shape[1], k, row)
@@ -90,7 +90,7 @@ class UnCLIP:
 
     @torch.no_grad()
     def draw_z_i(self, tokens, seed, rows, prior="diffusion", candidates=2, **options):
-        """Captions (B, L) → z_i (B, D), unit norm, by the prior named; None by "none".
+        """Captions (B, L) → z_i (B, D), unit norm, by the prior named; None for "none".
 
         options go to the prior's `sample`. candidates: how many z_i the diffusion prior draws for
         each caption; the one with the largest z_i·z_t is kept. It fits its caption better, at the
@@ -101,8 +101,8 @@ class UnCLIP:
             return None
         z_t = self.clip.encode_text(tokens)                                      # (B, D)
         if prior == "text":
-            # differs from the paper: z_t along the main axes alone (CLIP.fit_axes). Along the
-            # others it is unlike any z_i.
+            # differs from the paper: the paper takes z_t whole. Here z_t keeps the main axes alone
+            # (CLIP.fit_axes): along the others, z_t is unlike any z_i.
             return self.clip.unwhiten(self.clip.whiten(z_t) * self.clip.main)
         if prior not in PRIORS:
             raise ValueError(f"unknown prior {prior!r}: choose diffusion, ar, text or none")
@@ -110,8 +110,8 @@ class UnCLIP:
         if prior == "ar":
             generators = Noise(seed, rows, (), "ar prior").generators
             return self.clip.unwhiten(model.sample(z_t, tokens, generators, **options))
-        indices = [f"{row}.{c}" for c in range(candidates) for row in rows]
-        noise = Noise(seed, indices, z_t.shape[1:], "prior", self.device)
+        keys = [f"{row}.{c}" for c in range(candidates) for row in rows]
+        noise = Noise(seed, keys, z_t.shape[1:], "prior", self.device)
         y = z_t.repeat(candidates, 1), tokens.repeat(candidates, 1)
         z_i = model.sample(*y, noise, **options)
         z_i = self.clip.unwhiten(z_i).unflatten(0, (candidates, -1))             # (…, B, D)
@@ -131,7 +131,7 @@ class UnCLIP:
         if upsampler is None:
             return x
         shape = (3, *(side * upsampler.config.factor for side in x.shape[2:]))
-        return in_portions(len(x), lambda i: upsampler.sample(
+        return in_batches(len(x), lambda i: upsampler.sample(
             x[i], Noise(seed, [rows[k] for k in i], shape, "upsampler", self.device)))
 
     def noise(self, seed, rows, purpose):
@@ -140,8 +140,8 @@ class UnCLIP:
         return Noise(seed, rows, (3, size, size), purpose, self.device)
 
     # ---- Manipulating (sec. 3) ---------------------------------------------------------------
-    # By default nothing is guided here, and nothing clipped on the way, or a latent would not lead
-    # back to its picture. The caption is hidden: what a picture shows is in its z_i.
+    # By default nothing is guided here, and nothing is clipped on the way. Otherwise a latent would
+    # not lead back to its picture. The caption is hidden: what a picture shows is in its z_i.
 
     @torch.no_grad()
     def latent(self, x, steps=50):
@@ -156,22 +156,22 @@ class UnCLIP:
         """z_i and x_T → pictures. With eta 0, guidance 1 and the same steps, it almost
         undoes `latent`.
 
-        noise: a diffusion.Noise with a row for each picture, needed if eta > 0.
+        noise: a diffusion.Noise for as many pictures, needed if eta > 0.
         """
         decoder, z_i = self.part("decoder"), self.clip.whiten(z_i)
 
         def some(i):
             f = decoder.guided(z_i[i], None, guidance)
-            return decoder.diffusion.sample(f, x_T[i], steps, eta, noise and noise.rows(i))
-        return in_portions(len(z_i), some).clamp(-1, 1)
+            return decoder.diffusion.sample(f, x_T[i], steps, eta, noise and noise.select(i))
+        return in_batches(len(z_i), some).clamp(-1, 1)
 
     def reconstruct(self, x, steps=50, guidance=1.0):
         """Pictures (B, 3, H, W) to latents and back."""
         return self.decode(*self.latent(x, steps), steps, guidance=guidance)
 
     def vary(self, x, n=8, eta=1.0, seed=0, steps=50, guidance=1.0):
-        """n pictures with the z_i of x (1, 3, H, W): the larger eta, the more varies (sec. 3.1).
-        What stays is what CLIP sees in x."""
+        """n pictures with the z_i of x (1, 3, H, W): the larger eta is, the more they vary (sec.
+        3.1). What stays is what CLIP sees in x."""
         z_i, x_T = (a.expand(n, *a.shape[1:]) for a in self.latent(x, steps))
         noise = self.noise(seed, range(n), "variation")
         return self.decode(z_i, x_T, steps, eta, noise, guidance)
@@ -205,9 +205,10 @@ class UnCLIP:
 
     @torch.no_grad()
     def text_diff(self, to, base):
-        """B captions to arrive at, and B, or one, to depart from → z_d = norm(z_t − z_t0) (B, D).
+        """B captions `to`, and B captions `base`, or one → z_d = norm(z_t − z_t0) (B, D).
 
-        differs from the paper: along the main axes alone. Along the others the solid would move.
+        differs from the paper: z_d keeps the main axes alone. The others would move the solids.
+        Raises ValueError if both captions mean the same.
         """
         z_t, z_t0 = (self.clip.encode_text(self.clip.tokenizer(y).to(self.device))
                      for y in (to, base))
@@ -218,9 +219,9 @@ class UnCLIP:
         return F.normalize(z_d, dim=1)
 
 
-def in_portions(n, f, batch=4):
-    """f(indices) of the indices 0 … n − 1, `batch` of them at a time, put together. The last is
-    filled up, for the reason that `UnCLIP.batches` gives."""
+def in_batches(n, f, batch=4):
+    """Call f on the indices 0 … n − 1, `batch` at a time, and join the results. The last batch is
+    filled up with copies, for the reason that `UnCLIP.batches` gives."""
     indices = [*range(n), *[n - 1] * (-n % batch)]
     return torch.cat([f(indices[i:i + batch]) for i in range(0, len(indices), batch)])[:n]
 

@@ -112,7 +112,7 @@ def test_with_eta_1_each_step_is_the_posterior_of_ddpm():
     process, path = Diffusion("eps", T=10), {}
     x_T, x_0, eps = (normal(5, 3, seed=k)() for k in range(3))
     process.sample(lambda x_t, t: as_v(x_0, x_t, t, process), x_T, 10, 1.0, lambda: eps,
-                   trace=lambda t, x_t, x_0: path.update({t: x_t}))
+                   watch=lambda t, x_t, x_0: path.update({t: x_t}))
     assert sorted(path) == list(range(1, 11)) and torch.equal(path[10], x_T)
     for t in range(10, 1, -1):
         ab, before = process.alphas_bar[t], process.alphas_bar[t - 1]
@@ -136,7 +136,7 @@ def test_clipping_keeps_estimates_in_range_and_corrects_eps_to_fit_x_t():
     three = lambda x_t, t: as_v(torch.full_like(x_t, 3.0), x_t, t)   # x_0 = 3, which no pixel is
     x_T, path, times = normal(100, 1)(), [], PROCESS.timesteps(10)
     assert PROCESS.sample(three, x_T, 10, eta=0.0).min() > 2.9
-    x = PROCESS.sample(three, x_T, 10, 0.0, clamp=True, trace=lambda *step: path.append(step))
+    x = PROCESS.sample(three, x_T, 10, 0.0, clamp=True, watch=lambda *step: path.append(step))
     assert torch.allclose(x, torch.ones_like(x), atol=1e-3)
     assert [t for t, _, _ in path] == times[:-1] and all((x_0 == 1).all() for _, _, x_0 in path)
     t, s = (PROCESS.alphas_bar[times[k]].item() for k in (5, 6))
@@ -158,11 +158,11 @@ def test_guidance_is_the_null_plus_s_times_the_difference_and_so_it_moves_a_gaus
     f = lambda x_t, t, mean: calls.append(len(x_t)) or conditional(x_t, t, mean)
     plain, unconditional = conditional(x_t, t, mean), conditional(x_t, t, null)
     for s in (0, 1, 3, -1):
-        answer = guided(f, s, (mean,), (null,))(x_t, t)
+        answer = guided(f, s, (mean,))(x_t, t)
         assert torch.allclose(answer, unconditional + s * (plain - unconditional), atol=1e-5), s
     assert calls == [10, 5, 10, 10]                                  # in one call each
-    mean, null = torch.full((4000, 1), 0.4), torch.full((4000, 1), -0.2)
-    x = PROCESS.sample(guided(conditional, 3, (mean,), (null,)), normal(4000, 1)(), 100, eta=0.0)
+    f, mean = lambda x_t, t, mean: conditional(x_t, t, mean - 0.2), torch.full((4000, 1), 0.6)
+    x = PROCESS.sample(guided(f, 3, (mean,)), normal(4000, 1)(), 100, eta=0.0)
     assert x.mean().item() == pytest.approx(-0.2 + 3 * (0.4 + 0.2), abs=0.04)
     assert x.std().item() == pytest.approx(0.5, rel=0.04)
 
@@ -199,7 +199,7 @@ def test_a_row_of_noise_is_the_same_bits_in_any_batch_at_each_call_and_in_a_choi
     alone, among = (Noise(7, indices, (3, 4, 4), "decoder") for indices in ([3], [0, 3, 5]))
     for _ in range(3):
         assert torch.equal(alone()[0], among()[1])
-    some = among.rows([2, 2, 1])
+    some = among.select([2, 2, 1])
     for _ in range(2):
         assert torch.equal(some(), among()[[2, 2, 1]])
 
