@@ -169,7 +169,7 @@ def parse(argv):
         help=f"fresh noise, from 0 to 1 (default: {DEFAULT['eta']}; for pictures 0, to vary 1)")
     add("--no-upsample", action="store_true", help="stop at the decoder's size")
     add("--prior", choices=["diffusion", "ar", "text", "none"],
-        help="text: z_t in place of z_i; none: the caption alone (default: diffusion)")
+        help="text: z_t, on its main axes, for z_i; none: the caption alone (default: diffusion)")
     add("--weights", metavar="DIR", default=SHIPPED / "shapes",
         help="default: weights/shapes, which come with the code")
     add("--show", action="store_true", default=None,
