@@ -216,7 +216,7 @@ def check_numbers(args):
                              ("steps", 2 if args.files else 1, 1000),     # see Diffusion.invert
                              ("guidance", -100, 100)):
         value = getattr(args, key)
-        if value is not None and not least <= value <= most:              # so for nan
+        if value is not None and not least <= value <= most:              # true of nan, too
             choices = f"from {least} to {most}" if most < math.inf else f"{least} or more"
             raise ValueError(f"--{key} {value}: choose {choices}")
 
