@@ -155,17 +155,18 @@ class Diffusion(nn.Module):
 def guided(f, guidance, conditions):
     """Classifier-free guidance (sec. 2.1): f's answer pushed from the null to the condition.
 
-    f(x_t, t, *conditions): a network; conditions: tensors (B, …). The null hides all: zeros.
-    Returns g(x_t, t) = null + guidance·(cond − null): 1 is the plain network, 0 the unconditional.
-    Both halves run as one batch. x_0, eps and v are affine in each other at a fixed x_t, so it does
-    not matter which of them is mixed.
+    f(*inputs, *conditions): a network, its inputs x_t and t, or the AR prior's symbols; all of them
+    tensors (B, …). The null hides all conditions: zeros. Returns g(*inputs) =
+    null + guidance·(cond − null): 1 is the plain network, 0 the unconditional. Both halves run as
+    one batch. x_0, eps and v are affine in each other at a fixed x_t, so it does not matter which
+    of them is mixed.
     """
     if guidance == 1:
-        return lambda x_t, t: f(x_t, t, *conditions)
+        return lambda *inputs: f(*inputs, *conditions)
     both = [torch.cat([torch.zeros_like(c), c]) for c in conditions]
 
-    def g(x_t, t):
-        null, cond = f(torch.cat([x_t, x_t]), torch.cat([t, t]), *both).chunk(2)
+    def g(*inputs):
+        null, cond = f(*(torch.cat([x, x]) for x in inputs), *both).chunk(2)
         return null + guidance * (cond - null)
 
     return g

@@ -191,7 +191,7 @@ def conditions(bench, captions):
     for name in bench.priors:
         z_i = bench.z_i(captions, name)
         yield f"{name} prior", bench.draw(captions, z_i)
-        yield f"{name} prior, unguided", bench.draw(few, z_i[:len(few)], guidance=1.0)
+        yield f"{name} prior, decoder unguided", bench.draw(few, z_i[:len(few)], guidance=1.0)
     yield "true z_i of the renders", bench.draw(few, bench.encode(renders[:len(few)]))
     yield "z_t in place of z_i", bench.draw(few, bench.z_t(few))
     yield "z_t, along the main axes", bench.draw(few, bench.z_i(few, "text"))
@@ -483,8 +483,8 @@ def priors(bench):
     As many samples as renders of each caption. Spread: tr Cov(z_i | y), as a ratio to the renders'.
     Energy distance to the renders, of z_i as they are, and whitened: 1 is that of a point at the
     renders' mean, the best that a regressor could do. Own caption: the share of z_i whose closest
-    z_t is that of their caption. Best of two, and dots from the upper half, are the defaults in
-    drawing: they trade spread for fit, on purpose. Intervals are over captions."""
+    z_t is that of their caption. The last row of each prior is the default in drawing: it trades
+    spread for fit, on purpose. Intervals are over captions."""
     captions = list(dict.fromkeys(item("validation", i)[1][0] for i in range(500)))[:bench.most(30)]
     n, rows = bench.most(128), []
     y, z_t = [y for y in captions for _ in range(n)], bench.z_t(captions)
@@ -507,7 +507,8 @@ def priors(bench):
     add("the mean of the caption's renders", point)
     add("renders of another caption", again.roll(1, 0))
     ways = {"diffusion": {"one draw": {"candidates": 1}, "best of two": {}},
-            "ar": {"any dot": {"top_half": False}, "dots of the upper half": {}}}
+            "ar": {"any dot": {"top_half": False, "guidance": 1.0},
+                   "dots of the upper half": {"guidance": 1.0}, "these, guided by 2": {}}}
     for name in bench.priors:
         for way, options in ways[name].items():
             add(f"{name} prior, {way}", bench.z_i(y, name, **options).unflatten(0, (-1, n)))

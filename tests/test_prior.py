@@ -161,13 +161,18 @@ def test_training_shows_the_true_dot_and_codes_in_equally_full_buckets():
         assert (shown[0][:, k].bincount() == 100).all()
 
 
-def test_at_temperature_0_each_code_is_the_likeliest_given_those_before_it():
-    prior, options = awake(ar_prior), dict(top_half=False, temperature=0)
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_at_temperature_0_each_code_is_the_likeliest_given_those_before_it(guidance):
+    """With guidance s the logits are null + s·(cond − null); the null has no caption and no z_t."""
+    def logits(symbols):
+        null = prior(0 * Z_T, 0 * TOKENS, symbols)
+        return null + guidance * (prior(Z_T, TOKENS, symbols) - null)
+    prior, options = awake(ar_prior), dict(top_half=False, temperature=0, guidance=guidance)
     z_i = prior.sample(Z_T, TOKENS, generators(2), **options)
     assert torch.equal(z_i, prior.sample(Z_T, TOKENS, generators(2, seed=7), **options))
-    dot = prior(Z_T, TOKENS, torch.zeros(2, 0).long())[:, 0].argmax(dim=1, keepdim=True)
+    dot = logits(torch.zeros(2, 0).long())[:, 0].argmax(dim=1, keepdim=True)
     symbols = torch.cat([dot, prior.codes.encode(z_i[:, :3])], dim=1)
-    assert torch.equal(prior(Z_T, TOKENS, symbols[:, :-1]).argmax(dim=2), symbols)
+    assert torch.equal(logits(symbols[:, :-1]).argmax(dim=2), symbols)
     assert (z_i[:, 3] == 0).all()                                    # a coordinate without a code
 
 
@@ -177,7 +182,7 @@ def test_symbols_are_drawn_with_the_softmax_of_their_logits(monkeypatch, tempera
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -2.0, 0.5, 0.5, -9.0])
     monkeypatch.setattr(prior, "forward", lambda z_t, tokens, symbols:
                         logits.expand(N, symbols.shape[1] + 1, 8))
-    z_i = prior.sample(Z_T[[0] * N], TOKENS[[0] * N], generators(N), False, temperature)
+    z_i = prior.sample(Z_T[[0] * N], TOKENS[[0] * N], generators(N), False, temperature, 1.0)
     found = prior.codes.encode(z_i[:, :1])[:, 0].bincount(minlength=8) / N
     assert torch.allclose(found, (logits / temperature).softmax(dim=0), atol=0.02)
 
@@ -265,11 +270,12 @@ def test_guidance_0_hides_all_of_the_caption_and_guidance_1_is_the_default(train
 def test_the_autoregressive_prior_learns_a_discrete_law_but_not_from_shuffled_captions(
         shuffled, expected):
     prior = learnt(ar_prior(components=2, buckets=4), coins, 100, shuffled)
-    z_i = prior.sample(Z_T[Y], TOKENS[Y], generators(800), top_half=False)
+    z_i = prior.sample(Z_T[Y], TOKENS[Y], generators(800), top_half=False, guidance=1.0)
     for y in (0, 1):                                      # (+, +), (+, −), (−, +), (−, −)
         signs = 2 * (z_i[Y == y, 0] < 0) + (z_i[Y == y, 1] < 0)
         found = signs.bincount(minlength=4) / 400
         assert torch.allclose(found, torch.tensor(expected[y]), atol=0.1)
     if not shuffled:
         fit = lambda z_i: (z_i * Z_T[Y]).sum(dim=1).mean()
-        assert fit(prior.sample(Z_T[Y], TOKENS[Y], generators(800))) > fit(z_i) + 0.1  # top half
+        top_half = prior.sample(Z_T[Y], TOKENS[Y], generators(800), guidance=1.0)
+        assert fit(top_half) > fit(z_i) + 0.1
