@@ -751,6 +751,8 @@ def cifar10(bench):
         add(f"{name} prior", images, asked)
         bench.figure(f"cifar10-{name}", images.unflatten(0, (10, n))[:, :8].flatten(0, 1),
                      min(8, n), f"By the {name} prior, rows: {', '.join(CIFAR_CLASSES)}.")
+    if "diffusion" in bench.priors:
+        add("diffusion prior, guided by 2", bench.draw(y, bench.z_i(y, guidance=2.0)), asked)
     add("z_t, along the main axes", bench.draw(y, bench.z_i(y, "text")), asked)
     add("caption only", bench.draw(y, None), asked)
     return rows
