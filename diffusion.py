@@ -153,10 +153,10 @@ class Diffusion(nn.Module):
 
 
 def guided(f, guidance, conditions):
-    """Classifier-free guidance (sec. 2.1): f's answer pushed from the null to the condition.
+    """Classifier-free guidance (sec. 2.1, 2.2): f's answer pushed from the null to the condition.
 
-    f(*inputs, *conditions): a network, its inputs x_t and t, or the AR prior's symbols; all of them
-    tensors (B, …). The null hides all conditions: zeros. Returns g(*inputs) =
+    f(*inputs, *conditions): a network. Its inputs are x_t and t, or the AR prior's symbols; inputs
+    and conditions are tensors (B, …). The null hides all conditions: zeros. Returns g(*inputs) =
     null + guidance·(cond − null): 1 is the plain network, 0 the unconditional. Both halves run as
     one batch. x_0, eps and v are affine in each other at a fixed x_t, so it does not matter which
     of them is mixed.

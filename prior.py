@@ -224,11 +224,12 @@ class ARPrior(nn.Module):
         mean. generators: one CPU torch.Generator a row.
 
         top_half: the dot is drawn from p(dot | y), cut to the upper half of the training values.
-        guidance: by the caption and z_t (sec. 2.2). Without it, half of the z_i for "a purple
-        cylinder", which training never held, are of blue ones. With top_half False, temperature 1
-        and guidance 1, z_i follows p(z_i | y).
+        temperature: 0 takes the likeliest symbol each time. guidance: by the caption and z_t (sec.
+        2.2). With top_half False, and both 1, z_i follows p(z_i | y).
         differs from the paper: it says "the top half of the distribution", and names no condition.
         Here the dot is drawn given y, since not every caption can be fitted equally well.
+        differs from the paper: it found that guiding the prior hurts (sec. 5.5). Here, unguided,
+        half of the z_i for "a purple cylinder", which training never held, are of blue ones.
         """
         next_logits = guided(lambda symbols, z_t, tokens: self(z_t, tokens, symbols)[:, -1].float(),
                              guidance, (z_t, tokens))
