@@ -295,7 +295,7 @@ class CLIP(nn.Module):
 
         Both projections turn alike, so no angle changes. The axes have three uses: the AR prior's
         codes (sec. 2.2), Fig. 7, and `whiten`. The main axes are those that `components_needed`
-        keeps. They hold nearly all that captions name, so z_t is like a z_i along them alone.
+        keeps. They hold nearly all that captions name: only along them is z_t like a z_i.
         Returns the variances along the axes (D,).
         """
         z = z_i.cpu().double()                                       # MPS has no float64
@@ -311,8 +311,8 @@ class CLIP(nn.Module):
     def whiten(self, z):
         """z (B, D) → centred, and divided by its spread along each axis: at most unit variance.
 
-        differs from the paper: priors and decoder are shown z_i like this. Where a solid stands is
-        in z_i too, but along axes of a hundredth of the variance. A network that is shown plain
+        differs from the paper: priors and decoder are shown z_i like this. Where an object is, z_i
+        holds too, but along axes of a hundredth of the variance. A network that is shown plain
         z_i learns these axes only after very long training. Axes with less than LEAST_SHARE of
         the mean variance are mostly noise: they stay small.
         """

@@ -89,14 +89,14 @@ class UNet(nn.Module):
         self.stem = nn.Conv2d(6, channels[0], 3, padding=1)     # x_t and a picture, 3 channels each
         self.down, self.shrink, self.up, self.grow = (nn.ModuleList() for _ in range(4))
         levels = list(zip(channels, blocks, [context_width if a else None for a in attention]))
-        for k, (C, n, attends) in enumerate(levels):
+        for k, (C, n, context) in enumerate(levels):
             if k > 0:
                 self.shrink.append(nn.Conv2d(channels[k - 1], C, 3, stride=2, padding=1))
-            self.down.append(nn.ModuleList(UNetBlock(C, C, emb_width, attends) for _ in range(n)))
-        self.middle = nn.ModuleList([UNetBlock(C, C, emb_width, attends),       # the coarsest level
+            self.down.append(nn.ModuleList(UNetBlock(C, C, emb_width, context) for _ in range(n)))
+        self.middle = nn.ModuleList([UNetBlock(C, C, emb_width, context),       # the coarsest level
                                      UNetBlock(C, C, emb_width, None)])
-        for k, (C, n, attends) in reversed(list(enumerate(levels))):
-            self.up.append(nn.ModuleList(UNetBlock(2 * C, C, emb_width, attends)
+        for k, (C, n, context) in reversed(list(enumerate(levels))):
+            self.up.append(nn.ModuleList(UNetBlock(2 * C, C, emb_width, context)
                                          for _ in range(n)))
             if k > 0:
                 self.grow.append(nn.Conv2d(C, channels[k - 1], 3, padding=1))
@@ -150,12 +150,12 @@ class DecoderConfig:
 
 
 class Decoder(nn.Module):
-    """Pictures from embeddings (sec. 2.1): z_i enters the UNet twice, the caption as in GLIDE.
+    """Pictures from embeddings (sec. 2.1), and from captions as in GLIDE.
 
-    z_i is added to the timestep embedding, and makes four tokens of context. The caption's own
-    Transformer adds its output at the text's end to the timestep embedding, and all its outputs to
-    the context. z_i is that of the training picture itself: the decoder learns to invert CLIP. A
-    z_i drawn by a prior would belong to another picture.
+    z_i enters the UNet twice: it is added to the timestep embedding, and makes four tokens of
+    context. The caption's own Transformer adds its output at the text's end to the timestep
+    embedding, and all its outputs to the context. z_i is that of the training picture itself: the
+    decoder learns to invert CLIP. A z_i drawn by a prior would belong to another picture.
     differs from the paper: the variance of a sampling step is DDPM's, not learnt. And z_i enters in
     a third way: the UNet is shown a sketch, the mean picture E[x | z_i], of few pixels. The mean is
     the best estimate of x_0 from pure noise. The UNet is slow to learn it. An MLP learns it sooner,
@@ -213,7 +213,7 @@ class Decoder(nn.Module):
         return self.diffusion.loss(f, x, t, eps) + self.sketch_error(x, z_i)
 
     def guided(self, z_i, tokens, guidance=1.0):
-        """f(x_t, t) for the sampler and the inversion, away from what is drawn with both hidden.
+        """f(x_t, t) for sampler and inversion, guided away from the answer with both hidden.
 
         z_i (B, D) or None; tokens (B, L) or None, but not both. None hides a condition.
         """

@@ -15,6 +15,7 @@ so x_0 and eps are x_t and v_t, turned back by φ_t. In this project the t of z_
 noised image embedding is called z_i_t. Next chapter: clip_tiny.py.
 """
 
+import copy
 import hashlib
 import math
 
@@ -129,7 +130,7 @@ class Diffusion(nn.Module):
     @torch.no_grad()
     def invert(self, f, x_0, steps, iterations=3):
         """DDIM inversion (sec. 3): x_0 (B, …) → the x_T from which `sample` with eta 0 gives it
-        back, with the same f, the same steps (2 or more), and no clipping.
+        back, with the same f, the same steps (2 or more), and no clamp.
 
         A step of DDIM from t down to s turns x_t by δ = φ_t − φ_s, in the plane of x_t and v:
 
@@ -153,7 +154,7 @@ class Diffusion(nn.Module):
 
 
 def guided(f, guidance, conditions):
-    """Classifier-free guidance (sec. 2.1, 2.2): f's answer pushed from the null to the condition.
+    """Classifier-free guidance (sec. 2.1, 2.2): f's answer pushed away from the null's.
 
     f(*inputs, *conditions): a network. Its inputs are x_t and t, or the AR prior's symbols; inputs
     and conditions are tensors (B, …). The null hides all conditions: zeros. Returns g(*inputs) =
@@ -175,8 +176,8 @@ def guided(f, guidance, conditions):
 class Noise:
     """Standard normal noise in which every picture has a generator of its own.
 
-    Picture i depends on (seed, keys[i], purpose) alone, not on the batch, and is drawn on the CPU.
-    So a picture comes out the same in any batch and on any device, up to rounding.
+    Row i depends on (seed, keys[i], purpose) alone, not on the batch, and is made on the CPU. So a
+    picture comes out the same in any batch and on any device, up to rounding.
     """
 
     def __init__(self, seed, keys, shape, purpose="", device="cpu"):
@@ -191,7 +192,7 @@ class Noise:
 
     def select(self, indices):
         """The same noise for some of the pictures; one may be named twice."""
-        some = Noise(None, (), self.shape, device=self.device)
+        some = copy.copy(self)
         some.generators = [self.generators[i].clone_state() for i in indices]
         return some
 

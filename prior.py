@@ -53,9 +53,9 @@ class DiffusionPrior(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = c = config
-        # x_0 is z_i here. The paper found it better to compare x_0 than eps, and gives no reason.
-        # power=2: more of a sampler's times are near 0. There the axes are decided that whitening
-        # leaves small.
+        # x_0 is z_i here. The paper found a loss on x_0 better than one on eps, and gives no reason.
+        # power=2: a sampler's steps are smaller near t = 0, where the axes that whitening leaves
+        # small are decided.
         self.diffusion = Diffusion(objective="x_0", power=2)
         self.token = nn.Embedding(c.vocab, c.width)
         self.position = nn.Parameter(torch.randn(c.context + 4, c.width) * 0.02)
@@ -72,7 +72,7 @@ class DiffusionPrior(nn.Module):
 
     def forward(self, z_i_t, t, z_t, tokens):
         """The network f: z_i_t (B, D) noised, t (B,), z_t (B, D), tokens (B, L) → v (B, D)."""
-        B, L = tokens.shape     # z_t and z_i_t get a factor: their coordinates become about 1
+        B, L = tokens.shape     # z_t and z_i_t get a factor: their coordinates are then of order 1
         text = self.token(tokens)                                             # (B, L, width)
         z_t = self.z_t(z_t * self.config.dim ** 0.5)[:, None]                 # (B, 1, width)
         time = self.time(timestep_embedding(t, self.config.width))[:, None]   # (B, 1, width)
@@ -84,8 +84,8 @@ class DiffusionPrior(nn.Module):
         return self.out(self.transformer(x, causal_mask(visible))[:, -1])     # (B, D)
 
     def loss(self, z_i, z_t, tokens, generator=None):
-        """‖ẑ_i − z_i‖² for random t, a mean over coordinates, both scaled: a scalar. ẑ_i is
-        computed from the answer v at (z_i_t, t, y).
+        """The mean of (ẑ_i − z_i)², both times SCALE, at random t: a scalar. ẑ_i is computed from
+        the answer v at (z_i_t, t, y).
 
         z_i (B, D), whitened; z_t (B, D), unit norm; tokens (B, L). Where training hides the caption
         it hides z_t too: z_t would give the caption away.
@@ -102,8 +102,8 @@ class DiffusionPrior(nn.Module):
         """z_t (B, D), tokens (B, L) → z_i (B, D), whitened. noise(): (B, D) standard normal.
 
         The paper found that guiding the prior hurts (sec. 5.5), so it is unguided by default.
-        differs from the paper: the paper samples by Analytic-DPM, this code by DDIM. In so few
-        steps, DDPM's variance would make samples too similar.
+        differs from the paper: the paper samples by Analytic-DPM, this code by DDIM. DDPM's
+        variance is too small for so few steps: z_i would vary too little.
         """
         f = guided(self, guidance, (z_t, tokens))
         return self.diffusion.sample(f, noise(), steps, eta, noise) / self.SCALE
@@ -162,15 +162,14 @@ class ARPrior(nn.Module):
     in buckets. CLIP.fit_axes made the axes principal ones, so the first codes say most, and k of
     them are enough: those that hold 99 % of the variance.
 
-    The dot is z_i·z_t in buckets: it says how well the picture fits its caption. It is a function
-    of z_i, which is not yet known, and can be an input all the same: it is drawn first, and the
-    codes are drawn given the dot. In training z_i is known, so the true dot is shown. A sampler may
-    draw the dot from p(dot | y), and then z_i follows p(z_i | y); or from the upper half alone, and
-    then it asks for a good fit. The dot and the codes are the symbols. Each position sees itself
-    and what stands before it, and its target is the next symbol.
+    The dot is z_i·z_t in buckets: it says how well the picture fits its caption. In training z_i is
+    known, so the true dot is shown. In sampling z_i is not known yet: the dot is drawn first, and
+    then the codes given the dot. If the dot is drawn from p(dot | y), z_i follows p(z_i | y). If it
+    is drawn from the upper half alone, this asks for a good fit. The dot and the codes are the
+    symbols. Each position sees itself and what stands before it; its target is the next symbol.
     differs from the paper: its AR prior reads the caption by a Transformer text encoder (app. C);
     here the tokens are embedded. And k covers 99 % of the variance of whitened z_i, not of plain
-    z_i: where solids stand is in axes that hold little of the plain variance.
+    z_i: where objects are is in axes that hold little of the plain variance.
     """
 
     def __init__(self, config):
@@ -224,8 +223,8 @@ class ARPrior(nn.Module):
         mean. generators: one CPU torch.Generator a row.
 
         top_half: the dot is drawn from p(dot | y), cut to the upper half of the training values.
-        temperature: 0 takes the likeliest symbol each time. guidance: by the caption and z_t (sec.
-        2.2). With top_half False, and both 1, z_i follows p(z_i | y).
+        temperature: 0 takes the likeliest symbol each time. guidance: by the caption and z_t, of
+        the dot and the codes (sec. 2.2). With top_half False, and both 1, z_i follows p(z_i | y).
         differs from the paper: it says "the top half of the distribution", and names no condition.
         Here the dot is drawn given y, since not every caption can be fitted equally well.
         differs from the paper: it found that guiding the prior hurts (sec. 5.5). Here, unguided,

@@ -26,9 +26,8 @@ from checkpoints import SHIPPED, Parser, about, check_out, find_device, run_comm
 from data import load, read_image
 from decoder import Decoder
 from shapes import picture_grid, to_float, to_uint8, write_png
-from unclip import PRIORS, UnCLIP
+from unclip import BATCH, PRIORS, UnCLIP
 
-BATCH = 4                                    # pictures drawn at a time
 MOST, IN_GRID = 10_000, 1_000                # pictures of one command, and in its grid.png
 DEFAULT = {name: option.default for name, option in signature(Decoder.sample).parameters.items()}
 # Of each task: how many pictures it makes, and the flags that it ignores.

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from checkpoints import SHIPPED, load_parts, missing
 from diffusion import Noise
 
+BATCH = 4                                               # pictures drawn at a time
 PRIORS = {"diffusion": "prior", "ar": "ar_prior"}       # by name: the part that holds its weights
 
 
@@ -54,13 +55,13 @@ class UnCLIP:
     # ---- Drawing (sec. 2) ------------------------------------------------------------------
 
     @torch.no_grad()
-    def generate(self, captions, n=4, seed=0, prior="diffusion", upsample=True, batch=4, **how):
+    def generate(self, captions, n=4, seed=0, prior="diffusion", upsample=True, batch=BATCH, **how):
         """n pictures of each caption (a string, or several) → (captions·n, 3, H, W), in order.
 
         prior: "diffusion" or "ar"; "text" gives the decoder z_t in place of z_i, "none" the caption
         alone (sec. 5.1 compares them). how: guidance (1 = none), steps and eta of the decoder.
-        Guidance makes a picture fit better. z_i is drawn first, unguided, so the pictures of one
-        caption stay as different as their z_i are (sec. 5.3).
+        Its guidance makes a picture fit better. z_i is drawn before, so the pictures of one caption
+        stay as different as their z_i are (sec. 5.3).
         Raises ValueError if a part is missing, or a caption is empty or too long.
         """
         captions = [captions] if isinstance(captions, str) else captions
@@ -93,15 +94,15 @@ class UnCLIP:
         """Captions (B, L) → z_i (B, D), unit norm, by the prior named; None for "none".
 
         options go to the prior's `sample`. candidates: how many z_i the diffusion prior draws for
-        each caption; the one with the largest z_i·z_t is kept. It fits its caption better, at the
-        price of some variety. The paper draws two. Its AR prior needs no choice: a large z_i·z_t is
-        one of its inputs (sec. 2.2).
+        each caption; the one with the largest z_i·z_t is kept. That one fits the caption better, at
+        the price of some variety. The paper draws two. The AR prior needs no choice: a large
+        z_i·z_t is one of its inputs (sec. 2.2).
         """
         if prior == "none":
             return None
         z_t = self.clip.encode_text(tokens)                                      # (B, D)
         if prior == "text":
-            # differs from the paper: the paper takes z_t whole. Here z_t keeps the main axes alone
+            # differs from the paper: the paper takes z_t whole. Here only z_t's main axes are kept
             # (CLIP.fit_axes): along the others, z_t is unlike any z_i.
             return self.clip.unwhiten(self.clip.whiten(z_t) * self.clip.main)
         if prior not in PRIORS:
@@ -112,8 +113,8 @@ class UnCLIP:
             return self.clip.unwhiten(model.sample(z_t, tokens, generators, **options))
         keys = [f"{row}.{c}" for c in range(candidates) for row in rows]
         noise = Noise(seed, keys, z_t.shape[1:], "prior", self.device)
-        y = z_t.repeat(candidates, 1), tokens.repeat(candidates, 1)
-        z_i = model.sample(*y, noise, **options)
+        z_i = model.sample(z_t.repeat(candidates, 1), tokens.repeat(candidates, 1), noise,
+                           **options)
         z_i = self.clip.unwhiten(z_i).unflatten(0, (candidates, -1))             # (…, B, D)
         best = (z_i * z_t).sum(-1).argmax(dim=0)                                 # (B,)
         return z_i[best, torch.arange(len(best), device=self.device)]
@@ -140,7 +141,7 @@ class UnCLIP:
         return Noise(seed, rows, (3, size, size), purpose, self.device)
 
     # ---- Manipulating (sec. 3) ---------------------------------------------------------------
-    # By default nothing is guided here, and nothing is clipped on the way. Otherwise a latent would
+    # By default nothing is guided here, and nothing is clamped on the way. Otherwise a latent would
     # not lead back to its picture. The caption is hidden: what a picture shows is in its z_i.
 
     @torch.no_grad()
@@ -207,19 +208,18 @@ class UnCLIP:
     def text_diff(self, to, base):
         """B captions `to`, and B captions `base`, or one → z_d = norm(z_t − z_t0) (B, D).
 
-        differs from the paper: z_d keeps the main axes alone. The others would move the solids.
+        differs from the paper: only z_d's main axes are kept. The others would move the objects.
         Raises ValueError if both captions mean the same.
         """
         z_t, z_t0 = (self.clip.encode_text(self.clip.tokenizer(y).to(self.device))
                      for y in (to, base))
         z_d = (z_t - z_t0) * self.clip.main
         if (z_d.norm(dim=1) < 1e-5).any():                           # what is left is rounding
-            raise ValueError(f'--to "{", ".join(to)}": that is what it is edited from; choose '
-                             f'another')
+            raise ValueError(f'"{", ".join(to)}": that is what it is edited from; choose another')
         return F.normalize(z_d, dim=1)
 
 
-def in_batches(n, f, batch=4):
+def in_batches(n, f, batch=BATCH):
     """Call f on the indices 0 … n − 1, `batch` at a time, and join the results. The last batch is
     filled up with copies, for the reason that `UnCLIP.batches` gives."""
     indices = [*range(n), *[n - 1] * (-n % batch)]

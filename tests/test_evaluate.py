@@ -10,7 +10,7 @@ import evaluate
 from conftest import ROOT, read, tiny_parts
 from data import CIFAR_CLASSES, Dataset, class_captions
 from diffusion import Diffusion
-from evaluate import EXPERIMENTS, LINE_COLOURS, line_charts, main, table
+from evaluate import EXPERIMENTS, LINE_COLOURS, NEEDS, line_charts, main, table
 from judge import JUDGES, Judge, form, wilson
 from unclip import UnCLIP
 
@@ -83,6 +83,16 @@ def test_experiments_work_as_well_where_clip_and_decoder_have_64_pixels(evaluate
     monkeypatch.setattr(UnCLIP, "load", lambda *_: unclip)
     for name in "clip", "form", "reconstruct":
         assert f"## {name}: " in evaluated(name, 2)
+
+
+def test_without_a_diffusion_prior_what_needs_it_is_refused_and_the_rest_runs(
+        evaluated, tiny_unclip, monkeypatch, capsys):
+    monkeypatch.setitem(tiny_unclip.parts, "prior", None)
+    for name in (name for name, part in NEEDS.items() if part == "prior"):
+        assert main(["--only", name]) == 2
+        assert "--stage prior" in capsys.readouterr().err
+    page = evaluated("accuracy", 2)
+    assert "| ar prior |" in page and "diffusion" not in page
 
 
 def test_an_experiment_that_runs_again_replaces_its_own_section_alone(evaluated):
