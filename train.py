@@ -671,10 +671,10 @@ def rates(device):
     return {name: flop / best(f) / 1e9 for name, (f, flop) in work.items()}
 
 
-def print_table(rows):
-    """One or more rows, dicts with the same keys, as Markdown on stdout."""
-    for line in [rows[0], ["---"] * len(rows[0]), *(row.values() for row in rows)]:
-        print(f"| {' | '.join(line)} |")
+def print_row(row, with_head):
+    """A row of a table, a dict, as Markdown on stdout, under its head if it is the first."""
+    for line in [*([row, ["---"] * len(row)] if with_head else []), row.values()]:
+        print(f"| {' | '.join(line)} |", flush=True)
 
 
 # ---- The command ---------------------------------------------------------------------------------
@@ -724,16 +724,13 @@ def command(argv):
     args = parse(argv)
     check(args)
     torch.set_float32_matmul_precision("high")                               # TF32 on a GPU
-    rows = []
     for stage in STAGES if args.stage == "all" else [args.stage]:
         if stage == "upsampler" and args.data == "cifar10":
             say("upsampler: left out, CIFAR-10 has no larger originals")
         elif args.profile:
-            rows.append(profile(Run(stage, args)))
+            print_row(profile(Run(stage, args)), with_head=stage in ("clip", args.stage))
         elif not train(Run(stage, args)):
             return 130
-    if rows:
-        print_table(rows)
 
 
 def main(argv=None):
