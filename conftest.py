@@ -4,7 +4,6 @@ import json
 import os
 import pickle
 import signal
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,7 +13,6 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)       # the models of the tests are tiny: more threads would only wait
 
 
@@ -238,7 +236,8 @@ def write_coco(root, n=6, change=None):
         for i in range(n):
             name = f"{i:012d}.jpg"
             if not (root / part / name).exists():
-                picture(root / part / name, (60 + i, 50), (20 * i, 100, 100))
+                blue = 100 if part == "train2017" else 200
+                picture(root / part / name, (60 + i, 50), (20 * i, 100, blue))
             table["images"].append({"id": i, "file_name": name})
             table["annotations"] += [{"image_id": i, "caption": f" Thing {i},\n no. {j} "}
                                      for j in range(2)]

@@ -215,7 +215,8 @@ class UnCLIP:
                      for y in (to, base))
         z_d = (z_t - z_t0) * self.clip.main
         if (z_d.norm(dim=1) < 1e-5).any():                           # what is left is rounding
-            raise ValueError(f'"{", ".join(to)}": that is what it is edited from; choose another')
+            raise ValueError(f'--to "{", ".join(to)}": that is what it is edited from; choose '
+                             f'another')
         return F.normalize(z_d, dim=1)
 
 

@@ -47,6 +47,7 @@ def test_a_part_comes_back_bit_by_bit_or_in_half_precision_nearly_so(tiny_weight
         assert type(again) is PARTS[part][0] and again.config == model.config
         assert (again.clip_id, again.trained) == (model.clip_id, model.trained)
         assert not again.training and not any(p.requires_grad for p in again.parameters())
+        assert not any(isinstance(m, PARTS["clip"][0]) for m in [*again.modules()][1:])
         assert part != "clip" or again.tokenizer.state() == model.tokenizer.state()
         assert {v.dtype for v in weights.values()} == {torch.float16 if half else torch.float32}
         for name, value in again.state_dict().items():

@@ -17,7 +17,7 @@ from PIL import Image, ImageCms
 
 import data
 import shapes
-from conftest import batch, picture, write_cifar, write_coco, write_metadata
+from conftest import batch, picture, same_bits, write_cifar, write_coco, write_metadata
 
 
 @pytest.fixture(autouse=True)
@@ -45,11 +45,6 @@ def test_a_wrong_argument_is_named_with_its_value_and_a_remedy(wrong, words):
 
 # ---- Rendered shapes and the cache --------------------------------------------------------------
 
-def same(a, b):
-    return torch.equal(a.images, b.images) and a.captions == b.captions and all(
-        torch.equal(a.labels[key], b.labels[key]) for key in a.labels)
-
-
 def test_blocks_of_shapes_serve_any_limit_and_only_what_is_missing_is_rendered(cache, monkeypatch):
     (scenes, captions), drawn = zip(*(shapes.item("train", i) for i in range(11))), []
     images, position = shapes.render(scenes), shapes.labels_of(scenes)["position"]
@@ -67,8 +62,11 @@ def test_blocks_of_shapes_serve_any_limit_and_only_what_is_missing_is_rendered(c
     files = [cache / f"{name}{first}.pt" for first in (0, 4, 8)]
     assert sorted(cache.iterdir()) == files
     assert all(file.stat().st_size < 30_000 for file in files)    # each holds its own block alone
-    data.load("shapes", "train", limit=2, seed=1), data.load("shapes", "train", limit=2, size=8)
-    assert len(drawn) == 4    # another seed, another size: other files
+    other = data.load("shapes", "validation", limit=2, seed=1)
+    assert torch.equal(other.images, shapes.render(
+        [shapes.item("validation", i, 1)[0] for i in range(2)]))
+    data.load("shapes", "train", limit=2, size=8)
+    assert len(drawn) == 4    # another split or seed, another size: other files
     data.load("shapes", "train", limit=1, seed=2, cache=False)
     assert len(list(cache.iterdir())) == 5    # without a cache nothing is written
 
@@ -84,7 +82,7 @@ def test_a_cache_file_that_is_damaged_or_holds_another_thing_is_made_anew(cache)
                         {"images": torch.zeros(2, 3, 16, 16).byte()},
                         {"images": torch.zeros(1, 3, 32, 32).byte(), "sound": torch.ones(1) > 0}):
             file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
-            assert same(load(), first) and list(cache.iterdir()) == [file]
+            assert same_bits(vars(load()), vars(first)) and list(cache.iterdir()) == [file]
         file.unlink()
 
 
@@ -129,9 +127,10 @@ def test_words_are_two_syllables_and_a_tenth_of_them_is_never_on_a_sign_of_the_d
     seen = {data.a_word(rng) for _ in range(20_000)}
     unseen = {data.a_word(rng, unseen=True) for _ in range(5_000)}           # next to all there are
     assert seen | unseen <= words and not seen & unseen and 0.08 < len(unseen) / len(words) < 0.12
-    for split in data.SPLITS:
-        texts = data.load("signs", split, size=8, limit=40, cache=False).captions
-        assert not {text[-1][-5:-1] for text in texts} & unseen
+    sets = [data.load("signs", split, size=8, limit=40, seed=seed, cache=False).captions
+            for split, seed in (("train", 0), ("validation", 0), ("train", 1))]
+    assert not {text[-1][-5:-1] for texts in sets for text in texts} & unseen
+    assert sets[0] != sets[1] and sets[0] != sets[2]
 
 
 # ---- CIFAR-10 -----------------------------------------------------------------------------------
@@ -212,6 +211,7 @@ def test_coco_gives_pictures_with_all_their_captions_or_as_many_as_the_limit(tmp
         drawn.append([round(image[0].float().mean().item() / 20) for image in coco.images])
         assert coco.captions == [[f"Thing {i}, no. 0", f"Thing {i}, no. 1"] for i in drawn[-1]]
         assert drawn[-1] == sorted(drawn[-1]) and drawn[-1] not in drawn[:-1] and coco.flips
+        assert (coco.images[:, 2].float().mean() > 150) == (split == "validation")
         assert f"coco {split}: {limit} images\n" in capsys.readouterr().err
 
 
@@ -221,7 +221,7 @@ def test_a_second_start_decodes_nothing_and_a_changed_picture_is_noticed(tmp_pat
     first = load()
     with monkeypatch.context() as patch:
         patch.delattr(data, "upright")
-        assert same(load(), first)
+        assert same_bits(vars(load()), vars(first))
     picture(root / "train2017" / "000000000002.jpg", colour=(255, 255, 255))
     assert load().images[2].min() > 250
 
@@ -351,19 +351,15 @@ def test_a_picture_is_upright_unless_its_orientation_is_unreadable(tmp_path, mon
 
 @pytest.mark.parametrize("mode, kind", [
     ("L", "jpg"), ("CMYK", "jpg"), ("1", "png"), ("LA", "png"), ("P", "png"), ("RGBA", "png"),
-    ("I;16", "png"), ("I", "tif"), ("F", "tif"), ("LAB", "tif"), ("P", "gif"), ("RGB", "webp")])
+    ("P", "gif"), ("RGB", "webp")])
 def test_white_is_white_in_every_mode(tmp_path, mode, kind):
     for size in ((1, 1), (7, 300), (64, 64)):
-        white = Image.new("RGB", size, "white")
-        white = Image.fromarray(np.full(size[::-1], 65535, np.uint16)) if mode == "I;16" else \
-            Image.new(mode, size, (255, 128, 128)) if mode == "LAB" else white.convert(mode)
-        white.save(tmp_path / f"a.{kind}")
+        Image.new("RGB", size, "white").convert(mode).save(tmp_path / f"a.{kind}")
         image = data.read_image(str(tmp_path / f"a.{kind}"), 16)
-        # In 32-bit pictures white is whatever is brightest, and one shade alone is neither.
-        assert image.shape == (3, 16, 16) and (mode in "IF" or image.min() >= 250)
+        assert image.shape == (3, 16, 16) and image.min() >= 250
 
 
-def test_sixteen_bits_keep_their_gradation_and_shrinking_is_an_area_mean(tmp_path):
+def test_sixteen_bits_keep_their_gradation_and_no_pixel_changes_at_its_own_size(tmp_path):
     ramp = np.linspace(0, 65535, 256).astype(np.uint16)
     Image.fromarray(np.tile(ramp, (256, 1))).save(tmp_path / "a.png")
     means = data.read_image(tmp_path / "a.png", 16)[0].float().mean(0)
@@ -372,8 +368,6 @@ def test_sixteen_bits_keep_their_gradation_and_shrinking_is_an_area_mean(tmp_pat
     Image.fromarray(pixels).save(tmp_path / "a.png")
     image = torch.from_numpy(pixels).permute(2, 0, 1)
     assert torch.equal(data.read_image(tmp_path / "a.png", 32), image)
-    mean = torch.nn.functional.avg_pool2d(image.float(), 2)
-    assert (data.read_image(tmp_path / "a.png", 16) - mean).abs().max() <= 1
 
 
 def test_transparency_is_white_and_an_animation_is_its_first_frame(tmp_path):
@@ -411,9 +405,6 @@ def test_a_very_large_jpeg_is_read_through_draft_and_a_large_png_is_refused(tmp_
     assert Image.MAX_IMAGE_PIXELS == 90_000    # Pillow's own bound is as it was
 
 
-def test_what_is_not_a_picture_is_refused_in_one_line_and_nobody_warns(tmp_path, recwarn):
-    (tmp_path / "empty.png").touch(), (tmp_path / "text.png").write_text("no picture")
-    for name, words in (("empty.png", "it is empty"), ("text.png", "can't be read"),
-                        ("", "not a file"), ("gone.png", "does not exist")):
-        refused(lambda: data.read_image(tmp_path / name, 16), tmp_path / name, words)
-    assert not recwarn.list
+def test_nobody_is_warned_of_a_picture_s_broken_metadata(tmp_path, recwarn):
+    path = picture(tmp_path / "a.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0\x05\0")
+    assert data.read_image(path, 16)[0].min() > 190 and not recwarn.list

@@ -102,6 +102,13 @@ def test_an_experiment_that_runs_again_replaces_its_own_section_alone(evaluated)
     assert page.index("## judge") < page.index("## clip")
 
 
+def test_a_claim_holds_fails_or_is_left_open():
+    bench, yes, no = evaluate.Bench(None, None, None), torch.ones(50) > 0, torch.zeros(50) > 0
+    for a, b, holds in ((yes, no, "yes"), (no, yes, "no"), (yes, yes, "not shown")):
+        bench.claim("3", "more", a, b)
+        assert bench.claims[-1].endswith(f"| {holds}")
+
+
 def test_a_chart_has_each_line_in_its_colour_rising_where_its_values_rise():
     rising, falling = [(1, 0.0), (2, 1.0)], [(1, 1.0), (2, 0.0)]
     chart = line_charts({"y": {"a": rising, "b": falling}, "z": {"a": rising}}, side=200)

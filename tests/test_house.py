@@ -35,15 +35,8 @@ def test_a_file_imports_those_below_it_and_four_packages(name):
     assert found - OURS <= set(sys.stdlib_module_names) | PACKAGES
 
 
-def test_no_files_import_each_other_in_a_circle_and_there_are_twelve():
-    left = dict(MAY_IMPORT)
-    while free := [name for name in left if not left[name] & left.keys()]:
-        left = {name: below for name, below in left.items() if name not in free}
-    assert left == {}
+def test_there_are_twelve_files_and_the_tests_need_pytest_and_no_other_package_more():
     assert {path.stem for path in ROOT.glob("*.py")} - {"conftest"} == OURS and len(OURS) == 12
-
-
-def test_the_tests_need_pytest_and_no_other_package_more():
     known = set(sys.stdlib_module_names) | OURS | PACKAGES | {"conftest", "pytest"}
     for file in [ROOT / "conftest.py", *(ROOT / "tests").glob("*.py")]:
         assert imported(file) <= known, file.name

@@ -71,8 +71,13 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(two_folders, monkeypatc
     argv = ["--stage", stage, "--batch-size", 4, "--restart"]
     assert type_train(*argv, "--out", whole, steps=4) == 0
     number = signal.SIGTERM if stage == "prior" else signal.SIGINT
+
+    def stop(state):
+        rates = {group["lr"] for group in state.optimizer.param_groups}
+        assert rates == {train.learning_rate(2, train.Recipe(4, 4, 1e-3))}
+        [os.kill(os.getpid(), number) for _ in range(2)]
     with monkeypatch.context() as patch:             # step 3 lies between two rows of the log
-        at_step(patch, 3, lambda _: [os.kill(os.getpid(), number) for _ in range(2)])
+        at_step(patch, 3, stop)
         assert type_train(*argv, "--out", parts, steps=4) == 130
     assert "stopped at step 3" in capsys.readouterr().err
     assert load_part(parts / f"{part}.pt").trained["steps"] == 3         # for use meanwhile

@@ -3,7 +3,6 @@
 Manipulations are tested on a toy in which everything is known: its CLIP sees a picture's mean
 colour alone, and its decoder is the exact denoiser of pictures about that colour.
 """
-import copy
 import math
 from types import SimpleNamespace
 
@@ -11,8 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clip_tiny import CLIP
-from conftest import normal, same_bits, tiny_parts
+from conftest import normal, tiny_parts
 from diffusion import Diffusion
 from unclip import UnCLIP, slerp
 
@@ -65,21 +63,18 @@ def test_slerp_of_noise_keeps_it_noise():
 
 # ---- Drawing -------------------------------------------------------------------------------------
 
-def test_pictures_come_caption_by_caption_at_the_size_of_the_last_stage(model):
+def test_pictures_have_the_size_of_the_last_stage_and_noise_of_their_own(model):
     x = model.generate(PROMPTS[:1], n=1, steps=1)
     assert x.shape == (1, 3, 128, 128) and -1 <= x.min() and x.max() <= 1
-    small = model.generate(PROMPTS, n=2, **QUICK)
-    assert small.shape == (6, 3, 32, 32)
-    for k, prompt in enumerate(PROMPTS):                              # of two lengths, not sorted
-        assert torch.equal(small[2 * k:2 * k + 2], model.generate(prompt, n=2, **QUICK))
-    assert not torch.allclose(small[0], small[1], atol=1e-2)          # each has noise of its own
+    small = model.generate(PROMPTS[0], n=2, **QUICK)
+    assert small.shape == (2, 3, 32, 32) and not torch.allclose(*small, atol=1e-2)
 
 
 @pytest.mark.parametrize("prior", ["diffusion", "ar", "text", "none"])
-def test_a_picture_is_the_same_bytes_however_many_are_drawn_and_in_any_company(model, prior):
+def test_pictures_come_caption_by_caption_the_same_bytes_in_any_company(model, prior):
     five = model.generate(PROMPTS[0], n=5, prior=prior, **QUICK)
-    company = model.generate([PROMPTS[2], PROMPTS[0]], n=3, prior=prior, **QUICK)
-    assert torch.equal(company[3:], five[:3])
+    company = model.generate([*PROMPTS[1:], PROMPTS[0]], n=3, prior=prior, **QUICK)  # two lengths
+    assert torch.equal(company[6:], five[:3])
 
 
 def test_variations_and_upsampled_pictures_are_the_same_bytes_too_and_their_noise_is_their_row_s(
@@ -112,6 +107,16 @@ def test_each_prior_gives_the_decoder_what_its_name_says(model):
         model.draw_z_i(tokens, 0, [0, 1], "gan")
 
 
+def test_the_decoder_is_shown_z_i_whitened_in_drawing_and_in_manipulating():
+    model, given = UnCLIP(**tiny_parts()), []
+    model.clip.mean.fill_(0.1), model.clip.std.fill_(0.5)
+    model.part("decoder").register_forward_pre_hook(lambda _, inputs: given.append(inputs[2]))
+    tokens, x = model.clip.tokenizer(PROMPTS[:1]), normal(1, 3, 32, 32)().clamp(-1, 1)
+    z_i = model.clip.encode_image(x)
+    model.draw_x(z_i, tokens, 0, [0], guidance=1.0, steps=1), model.reconstruct(x, steps=2)
+    assert len(given) > 3 and all(torch.allclose(z[:1], (z_i - 0.1) / 0.5) for z in given)
+
+
 def test_a_text_counts_along_the_main_axes_alone():
     model = UnCLIP(**tiny_parts())
     model.clip.main[8:] = 0
@@ -133,17 +138,6 @@ def test_of_two_candidates_the_one_with_the_larger_dot_is_kept(model):
     assert (dots[1] >= dots[0] - 1e-5).all() and 0 < (dots[1] > dots[0] + 1e-4).sum() < 20
     default = (model.draw_z_i(tokens, 0, rows) * z_t).sum(dim=1)
     assert torch.equal(default, dots[1])
-
-
-def test_using_unclip_changes_no_bit_of_it_and_no_model_has_clip_inside(model):
-    parts, x = [model.clip, *model.parts.values()], normal(1, 3, 32, 32)()
-    before = copy.deepcopy({k: part.state_dict() for k, part in enumerate(parts)})
-    for prior in ("diffusion", "ar"):
-        model.generate(PROMPTS[0], n=1, prior=prior, **QUICK)
-    model.edit(x, PROMPTS[2], n=2, steps=2), model.upsample(x, 0, [0])
-    assert same_bits({k: part.state_dict() for k, part in enumerate(parts)}, before)
-    assert not any(p.requires_grad for part in parts for p in part.parameters())
-    assert not any(isinstance(m, CLIP) for part in parts[1:] for m in part.modules())
 
 
 # ---- Manipulating --------------------------------------------------------------------------------
@@ -214,8 +208,6 @@ def test_a_picture_comes_back_from_its_latent_and_from_another_z_i_comes_another
     _, x_T = toy.latent(RED)
     other = toy.decode(toy.clip.encode_image(BLUE), x_T)
     assert torch.allclose(colour(other), colour(BLUE), atol=0.05)
-    _, x_T = toy.latent(torch.cat([picture([0.2, 0.1, -0.3], seed) for seed in range(100)]), 200)
-    assert abs(x_T.mean()) < 0.1 and abs(x_T.std() - 1) < 0.1         # it is standard normal
 
 
 def test_the_larger_eta_the_more_varies_and_what_clip_sees_stays(toy):
@@ -255,5 +247,5 @@ def test_an_edit_turns_z_i_towards_the_text_diff_by_theta_and_keeps_the_pattern(
     assert (pattern(strip) - pattern(RED)).abs().max() < 0.02
     assert (colour(strip)[:, 0].diff() < 0).all() and (colour(strip)[:, 2].diff() > 0).all()
     assert torch.equal(toy.edit(RED, "blue", n=2), toy.edit(RED, "blue", "a photo", n=2))
-    with pytest.raises(ValueError, match="\"red\".*choose another"):
+    with pytest.raises(ValueError, match="--to \"red\".*choose another"):
         toy.edit(RED, "red", "red", n=2)
