@@ -383,7 +383,7 @@ def diversity(bench):
                     *(rare[name] for name in ("diffusion prior", "text-only decoder")))
     bench.figure("diversity", torch.cat(shown), 8, "\"a cube\" at guidance 1, 3 and 6, by "
                  f"{', '.join(decoders)}.")
-    write_png(bench.out / "guidance.png", line_charts(lines))
+    write_png(bench.out / "guidance.png", line_charts(lines, "guidance"))
     bench.figures.append(("guidance", "Over the guidance scale."))
     return rows
 
@@ -810,9 +810,9 @@ def overfit(bench):
 LINE_COLOURS = "#c0392b", "#2471a3", "#1e8449", "#7d3c98"
 
 
-def line_charts(charts, side=272):
+def line_charts(charts, across, side=272):
     """{what y is: {name of a line: [(x, y), …]}} → one chart each, side by side, as uint8
-    (3, side, side · charts). Axes are labelled where they begin and end."""
+    (3, side, side · charts). Axes are labelled at both ends, and x is named by `across`."""
     sheet = Image.new("RGB", (side * len(charts), side), "white")
     draw, left, right, top, bottom = ImageDraw.Draw(sheet), 40, 12, 24 + 14 * 3, 24
     for k, (title, lines) in enumerate(charts.items()):
@@ -826,6 +826,7 @@ def line_charts(charts, side=272):
         draw.line([place(x_0, y_1), place(x_0, 0), place(x_1, 0)], "black")
         for text, (x, y), anchor in ((f"{y_1:.3g}", place(x_0, y_1), "rm"),
                                      ("0", place(x_0, 0), "rm"), (f"{x_0:g}", place(x_0, 0), "mt"),
+                                     (across, place((x_0 + x_1) / 2, 0), "mt"),
                                      (f"{x_1:g}", place(x_1, 0), "mt")):
             dx, dy = (-4, 0) if anchor == "rm" else (0, 6)
             draw.text((x + dx, y + dy), text, "black", anchor=anchor)

@@ -111,7 +111,7 @@ def test_a_claim_holds_fails_or_is_left_open():
 
 def test_a_chart_has_each_line_in_its_colour_rising_where_its_values_rise():
     rising, falling = [(1, 0.0), (2, 1.0)], [(1, 1.0), (2, 0.0)]
-    chart = line_charts({"y": {"a": rising, "b": falling}, "z": {"a": rising}}, side=200)
+    chart = line_charts({"y": {"a": rising, "b": falling}, "z": {"a": rising}}, "x", side=200)
     assert chart.shape == (3, 200, 400) and chart.dtype == torch.uint8
     for line, colour in zip((rising, falling), LINE_COLOURS):
         here = (chart == torch.tensor(ImageColor.getrgb(colour)).view(3, 1, 1)).all(0)
