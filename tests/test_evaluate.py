@@ -11,7 +11,7 @@ from conftest import ROOT, read, tiny_parts
 from data import CIFAR_CLASSES, Dataset, class_captions
 from diffusion import Diffusion
 from evaluate import EXPERIMENTS, LINE_COLOURS, NEEDS, line_charts, main, table
-from judge import JUDGES, Judge, form, wilson
+from judge import JUDGES, Judge, compare, form, wilson
 from unclip import UnCLIP
 
 CLAIMS = "accuracy two binding diversity reconstruct vary edit spelling".split()
@@ -100,6 +100,23 @@ def test_an_experiment_that_runs_again_replaces_its_own_section_alone(evaluated)
     page = evaluated("clip", 6)
     assert page.count("## clip: ") == page.count("## judge: ") == 1 and "--n 6" in page
     assert page.index("## judge") < page.index("## clip")
+
+
+def test_rows_are_drawn_from_what_they_name(tiny_unclip, weights, monkeypatch):
+    monkeypatch.setattr(evaluate.Bench, "draw", lambda self, captions, z_i, **how: (
+        captions, z_i, how))
+    bench, y = evaluate.Bench(tiny_unclip, weights, None), ["a red cube", "a blue cone"] * 4
+    rows = dict(evaluate.conditions(bench, y))
+    renders = rows["renders"]
+    assert compare(y, bench.judge.read(renders))["all"].all()
+    assert torch.equal(rows["true z_i of the renders"][1], bench.encode(renders[:2]))
+    assert torch.equal(rows["z_t in place of z_i"][1], bench.z_t(y[:2]))
+    assert torch.equal(rows["z_t, along the main axes"][1], bench.z_i(y[:2], "text"))
+    assert rows["caption only"][1] is rows["caption only, text-only decoder"][1] is None
+    for name in "diffusion", "ar":
+        assert torch.equal(rows[f"{name} prior"][1], bench.z_i(y, name)), name
+        assert rows[f"{name} prior"][2] == {}
+        assert rows[f"{name} prior, decoder unguided"][2] == {"guidance": 1.0}
 
 
 def test_a_claim_holds_fails_or_is_left_open():
