@@ -311,10 +311,10 @@ class CLIP(nn.Module):
     def whiten(self, z):
         """z (B, D) → centred, and divided by its spread along each axis: at most unit variance.
 
-        differs from the paper: priors and decoder are shown z_i like this. Where an object is, z_i
-        holds too, but along axes of a hundredth of the variance. A network that is shown plain
-        z_i learns these axes only after very long training. Axes with less than LEAST_SHARE of
-        the mean variance are mostly noise: they stay small.
+        differs from the paper: priors and decoder are shown z_i like this. z_i also holds where an
+        object is, but along axes of a hundredth of the variance. A network that is shown plain z_i
+        learns these axes only after very long training. Axes with less than LEAST_SHARE of the mean
+        variance are mostly noise: they stay small.
         """
         return (z - self.mean) / self.std
 

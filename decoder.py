@@ -89,14 +89,14 @@ class UNet(nn.Module):
         self.stem = nn.Conv2d(6, channels[0], 3, padding=1)     # x_t and a picture, 3 channels each
         self.down, self.shrink, self.up, self.grow = (nn.ModuleList() for _ in range(4))
         levels = list(zip(channels, blocks, [context_width if a else None for a in attention]))
-        for k, (C, n, context) in enumerate(levels):
+        for k, (C, n, attended) in enumerate(levels):
             if k > 0:
                 self.shrink.append(nn.Conv2d(channels[k - 1], C, 3, stride=2, padding=1))
-            self.down.append(nn.ModuleList(UNetBlock(C, C, emb_width, context) for _ in range(n)))
-        self.middle = nn.ModuleList([UNetBlock(C, C, emb_width, context),       # the coarsest level
+            self.down.append(nn.ModuleList(UNetBlock(C, C, emb_width, attended) for _ in range(n)))
+        self.middle = nn.ModuleList([UNetBlock(C, C, emb_width, attended),      # the coarsest level
                                      UNetBlock(C, C, emb_width, None)])
-        for k, (C, n, context) in reversed(list(enumerate(levels))):
-            self.up.append(nn.ModuleList(UNetBlock(2 * C, C, emb_width, context)
+        for k, (C, n, attended) in reversed(list(enumerate(levels))):
+            self.up.append(nn.ModuleList(UNetBlock(2 * C, C, emb_width, attended)
                                          for _ in range(n)))
             if k > 0:
                 self.grow.append(nn.Conv2d(C, channels[k - 1], 3, padding=1))

@@ -785,7 +785,7 @@ def spelling(bench):
         shown += [drawn[:8] for name, drawn in pictures.items() if "chance" not in name]
     bench.figure("spelling", torch.cat(shown), min(8, n), "Seen words, then unseen ones. Rows: "
                  f"{', '.join(name for name in pictures if 'chance' not in name)}.")
-    bench.claim("7", "it does not spell: words of renders are read right more often than drawn ones",
+    bench.claim("7", "it does not spell: renders' words are read right more often than drawn ones",
                 *(torch.cat(whole[name]) for name in ("renders", "diffusion prior")))
     return rows
 
@@ -844,9 +844,9 @@ EXPERIMENTS = {"judge": judge_itself, "accuracy": accuracy, "two": two, "binding
                "vary": vary, "interpolate": interpolate, "edit": edit, "pca": pca, "steps": steps,
                "spelling": spelling, "cifar10": cifar10, "overfit": overfit}
 OTHERS = {"spelling": {"signs"}, "cifar10": {"cifar10"}, "overfit": {"coco", "folder"}}
-NEEDS = {"upsampler": "upsampler",       # a part without which an experiment has nothing to measure
-         **dict.fromkeys(["two", "binding", "form", "diversity", "twice", "steps", "spelling"],
-                         "prior")}
+# Parts without which an experiment has nothing to show; the others take what is there.
+NEEDS = {"upsampler": "upsampler", "two": "prior", "binding": "prior", "form": "prior",
+         "diversity": "prior", "twice": "prior", "steps": "prior", "spelling": "prior"}
 HEAD = """# Results
 
 Written by `python evaluate.py`; an experiment that runs again replaces its own section. Shares are
@@ -937,7 +937,7 @@ def command(argv):
     fit = [name for name in EXPERIMENTS if data in OTHERS.get(name, {"shapes"})
            and (name not in NEEDS or unclip.parts[NEEDS[name]])]
     if args.only in NEEDS:
-        unclip.part(NEEDS[args.only])                    # raises if it is not there
+        unclip.part(NEEDS[args.only])                    # says what to train if it is not there
     if args.only and args.only not in fit:
         raise ValueError(f"--only {args.only}: {args.weights} learnt from {data}; choose "
                          f"{', '.join(fit) or 'other --weights'}")

@@ -53,7 +53,7 @@ class DiffusionPrior(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = c = config
-        # x_0 is z_i here. The paper found a loss on x_0 better than one on eps, and gives no reason.
+        # x_0 is z_i here. The paper found a loss on x_0 better than on eps, and gives no reason.
         # power=2: a sampler's steps are smaller near t = 0, where the axes that whitening leaves
         # small are decided.
         self.diffusion = Diffusion(objective="x_0", power=2)
@@ -101,7 +101,8 @@ class DiffusionPrior(nn.Module):
     def sample(self, z_t, tokens, noise, steps=32, eta=0.0, guidance=1.0):
         """z_t (B, D), tokens (B, L) → z_i (B, D), whitened. noise(): (B, D) standard normal.
 
-        The paper found that guiding the prior hurts (sec. 5.5), so it is unguided by default.
+        The paper trains it for guidance (sec. 2.2), and then found that guidance hurts (sec. 5.5):
+        it is unguided by default.
         differs from the paper: the paper samples by Analytic-DPM, this code by DDIM. DDPM's
         variance is too small for so few steps: z_i would vary too little.
         """
@@ -224,7 +225,8 @@ class ARPrior(nn.Module):
 
         top_half: the dot is drawn from p(dot | y), cut to the upper half of the training values.
         temperature: 0 takes the likeliest symbol each time. guidance: by the caption and z_t, of
-        the dot and the codes (sec. 2.2). With top_half False, and both 1, z_i follows p(z_i | y).
+        the dot and the codes (sec. 2.2). With top_half False, and 1 for both, z_i follows
+        p(z_i | y).
         differs from the paper: it says "the top half of the distribution", and names no condition.
         Here the dot is drawn given y, since not every caption can be fitted equally well.
         differs from the paper: it found that guiding the prior hurts (sec. 5.5). Here, unguided,

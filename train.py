@@ -273,7 +273,7 @@ class Pairs:
 
     def __init__(self, dataset, tokenizer, clip, device, shift=False, small=None):
         self.tokenizer, self.clip = tokenizer, clip
-        self.shift = shift and dataset.flips     # photographs are few; renders are as many as wanted
+        self.shift = shift and dataset.flips     # photographs are few, renders as many as wanted
         self.images, self.flips = dataset.images.to(device), dataset.flips         # (N, 3, H, W)
         self.small = small and small.images.to(device)                     # (N, 3, H/4, W/4)
         self.texts = sorted({y for ys in dataset.captions for y in ys})

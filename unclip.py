@@ -60,8 +60,8 @@ class UnCLIP:
 
         prior: "diffusion" or "ar"; "text" gives the decoder z_t in place of z_i, "none" the caption
         alone (sec. 5.1 compares them). how: guidance (1 = none), steps and eta of the decoder.
-        Its guidance makes a picture fit better. z_i is drawn before, so the pictures of one caption
-        stay as different as their z_i are (sec. 5.3).
+        Guiding the decoder makes a picture fit better. z_i is drawn before, so the pictures of one
+        caption stay as different as their z_i are (sec. 5.3).
         Raises ValueError if a part is missing, or a caption is empty or too long.
         """
         captions = [captions] if isinstance(captions, str) else captions

@@ -264,7 +264,8 @@ def test_clip_pt_is_the_average_turned_to_the_axes_and_the_ar_prior_s_codes_are_
     ema.fit_axes(train.embed_images(ema, pairs.images))
     for name, value in ema.state_dict().items():
         assert torch.allclose(value, clip.state_dict()[name], atol=1e-5), name
-    z_i, ar = clip.whiten(train.embed_images(clip, pairs.images)), load_part(trained / "ar_prior.pt")
+    z_i = clip.whiten(train.embed_images(clip, pairs.images))
+    ar = load_part(trained / "ar_prior.pt")
     assert ar.config.components == train.components_needed(z_i.var(0))
     codes = ar.codes.encode(z_i[:, :ar.config.components])               # 24 pictures, 8 buckets
     assert all((code.bincount() == 3).all() for code in codes.T)
