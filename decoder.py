@@ -204,13 +204,10 @@ class Decoder(nn.Module):
 
         x (B, 3, H, W) in [-1, 1]; z_i (B, D), whitened; tokens (B, L).
         """
-        B, device = len(x), x.device
-        u = torch.rand(2, B, 1, device=device, generator=generator)
+        u = torch.rand(2, len(x), 1, device=x.device, generator=generator)
         z_i, tokens = z_i * (u[0] >= self.config.drop_z_i), tokens * (u[1] >= self.config.drop_text)
-        t = torch.randint(1, self.diffusion.T + 1, (B,), device=device, generator=generator)
-        eps = torch.randn(x.shape, device=device, generator=generator)
         f = lambda x_t, t: self(x_t, t, z_i, tokens)
-        return self.diffusion.loss(f, x, t, eps) + self.sketch_error(x, z_i)
+        return self.diffusion.loss(f, x, generator) + self.sketch_error(x, z_i)
 
     def guided(self, z_i, tokens, guidance=1.0):
         """f(x_t, t) for sampler and inversion, guided away from the answer with both hidden.
@@ -276,13 +273,10 @@ class Upsampler(nn.Module):
     def loss(self, x, low, generator=None):
         """x (B, 3, S, S) in [-1, 1], full size, and low, the same pictures as the decoder learns
         them (B, 3, S/factor, S/factor): a scalar, on a crop of each, S/2 a side."""
-        B, S, device, factor = len(x), x.shape[-1], x.device, self.config.factor
-        rand = lambda *shape: torch.rand(*shape, device=device, generator=generator)
-        low = corrupt(low, rand, torch.randn(low.shape, device=device, generator=generator))
-        x, enlarged = crop(x, self.enlarge(low), S // 2, factor, rand)
-        t = (rand(B) * self.diffusion.T).long() + 1
-        eps = torch.randn(x.shape, device=device, generator=generator)
-        return self.diffusion.loss(lambda x_t, t: self(x_t, t, enlarged), x, t, eps)
+        rand = lambda *shape: torch.rand(*shape, device=x.device, generator=generator)
+        low = corrupt(low, rand, torch.randn(low.shape, device=x.device, generator=generator))
+        x, enlarged = crop(x, self.enlarge(low), x.shape[-1] // 2, self.config.factor, rand)
+        return self.diffusion.loss(lambda x_t, t: self(x_t, t, enlarged), x, generator)
 
     @torch.no_grad()
     def sample(self, low, noise, steps=3, eta=0.0):

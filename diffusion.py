@@ -68,14 +68,17 @@ class Diffusion(nn.Module):
         cos, sin = self.rotation(t, x_t)
         return cos * x_t - sin * v, sin * x_t + cos * v
 
-    def loss(self, f, x_0, t, eps):
-        """f's mean squared error at the times t (B,) in 1..T, of x_0 or of eps: a scalar.
+    def loss(self, f, x_0, generator=None):
+        """f's mean squared error of x_0 or of eps, for data x_0 (B, …), each at a random time t in
+        1..T and with noise of its own: a scalar.
 
         differs from the paper: the error of eps is the error of x_0 times the signal-to-noise
         ratio. Here this weight stays between 0.1 and 5 (the 5 is min-SNR's, Hang et al. 2023).
         Otherwise low noise, which hardly matters to the picture, would get most of the weight, and
         high noise, at which it is decided what stands where, would get almost none.
         """
+        t = torch.randint(1, self.T + 1, x_0.shape[:1], device=x_0.device, generator=generator)
+        eps = torch.randn(x_0.shape, device=x_0.device, generator=generator)
         x_t = self.q_sample(x_0, t, eps)
         x_0_hat, eps_hat = self.x_0_and_eps(f(x_t, t).float(), x_t, t)
         error = lambda a, b: (a - b).square().flatten(1).mean(dim=1)           # (B,)

@@ -90,12 +90,10 @@ class DiffusionPrior(nn.Module):
         z_i (B, D), whitened; z_t (B, D), unit norm; tokens (B, L). Where training hides the caption
         it hides z_t too: z_t would give the caption away.
         """
-        B, device = len(z_i), z_i.device
-        t = torch.randint(1, self.diffusion.T + 1, (B,), device=device, generator=generator)
-        eps = torch.randn(z_i.shape, device=device, generator=generator)
-        shown = torch.rand(B, 1, device=device, generator=generator) >= self.config.drop_text
+        u = torch.rand(len(z_i), 1, device=z_i.device, generator=generator)
+        shown = u >= self.config.drop_text
         f = lambda z_i_t, t: self(z_i_t, t, z_t * shown, tokens * shown)
-        return self.diffusion.loss(f, z_i * self.SCALE, t, eps)
+        return self.diffusion.loss(f, z_i * self.SCALE, generator)
 
     @torch.no_grad()
     def sample(self, z_t, tokens, noise, steps=32, eta=0.0, guidance=1.0):

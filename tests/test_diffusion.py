@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from conftest import normal
+from conftest import normal, seeded
 from diffusion import Diffusion, Noise, guided, timestep_embedding
 
 MEAN = torch.tensor([0.0, 1.0, -0.5, 0.3])        # four independent Gaussians, side by side
@@ -64,13 +64,16 @@ def test_alphas_bar_is_the_cosine_and_falls_by_at_most_999_in_1000_a_step():
 def test_the_loss_is_zero_for_the_right_v_and_weighs_an_error_of_v_by_the_objective(objective):
     """An error of 3 in v is one of 3 sin φ in x_0, and of 3 cos φ in eps; the square of the latter
     counts for no more than 5 times, and no less than a tenth of, the square of the former."""
-    process, t = Diffusion(objective), torch.tensor([1, 100, 500, 900])
-    x_0, eps = normal(4, 6)(), normal(4, 6, seed=1)()
-    right = lambda x_t, t: as_v(x_0, x_t, t)
-    assert process.loss(right, x_0, t, eps) < 1e-8
-    wrong = process.loss(lambda x_t, t: right(x_t, t) + 3, x_0, t, eps).item()
+    process, x_0, seen = Diffusion(objective), normal(500, 6)(), []
+    right = lambda x_t, t: seen.append((x_t, t)) or as_v(x_0, x_t, t)
+    assert process.loss(right, x_0, seeded()) < 1e-8
+    wrong = process.loss(lambda x_t, t: right(x_t, t) + 3, x_0, seeded()).item()
+    (x_t, t), cos, sin = seen[1], *process.rotation(seen[1][1], x_0)
+    eps = (x_t - cos * x_0) / sin
+    assert abs(eps.mean()) < 0.05 and eps.std().item() == pytest.approx(1, abs=0.05)
+    assert 1 <= t.min() and t.max() <= 1000 and abs(t.float().mean() - 500) < 50
     of_eps, of_x_0 = 9 * process.alphas_bar[t], 9 * (1 - process.alphas_bar[t])
-    assert of_eps[0] > 5 * of_x_0[0] and of_eps[3] < 0.1 * of_x_0[3]
+    assert (of_eps > 5 * of_x_0).any() and (of_eps < 0.1 * of_x_0).any()
     expected = of_eps.clamp(0.1 * of_x_0, 5 * of_x_0) if objective == "eps" else of_x_0
     assert wrong == pytest.approx(expected.mean().item(), rel=1e-4)
 

@@ -117,11 +117,9 @@ def test_z_i_is_scaled_as_in_the_paper_and_an_exact_network_draws_it_unscaled(mo
     N(0, SCALE²) the best v is known; what is drawn must be N(0, 1)."""
     prior, seen, N = diffusion_prior(), [], 4000
     with monkeypatch.context() as patch:
-        patch.setattr(prior.diffusion, "loss", lambda f, x_0, t, eps: seen.extend([x_0, t]))
+        patch.setattr(prior.diffusion, "loss", lambda f, x_0, generator: seen.append(x_0))
         prior.loss(z_i := normal(N, D)(), Z_T[[0] * N], TOKENS[[0] * N])
     assert torch.allclose(seen[0], z_i * 17.2 / math.sqrt(1024)) and prior.SCALE == 0.5375
-    assert seen[1].min() >= 1 and seen[1].max() <= 1000
-    assert seen[1].float().mean().item() == pytest.approx(500, rel=0.05)
 
     def exact(z_i_t, t, z_t, tokens):
         cos, sin = prior.diffusion.rotation(t, z_i_t)
@@ -233,7 +231,7 @@ def learnt(prior, law, steps, shuffled=False):
 
 @pytest.fixture(scope="module")
 def trained():
-    return learnt(diffusion_prior(), gaussians, steps=150)
+    return learnt(diffusion_prior(), gaussians, steps=250)
 
 
 def draw(prior, y=Y, steps=16, **options):
