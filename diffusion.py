@@ -74,8 +74,8 @@ class Diffusion(nn.Module):
 
         differs from the paper: the error of eps is the error of x_0 times the signal-to-noise
         ratio. Here this weight stays between 0.1 and 5 (the 5 is min-SNR's, Hang et al. 2023).
-        Otherwise low noise, which hardly matters to the picture, would get most of the weight, and
-        high noise, at which it is decided what stands where, would get almost none.
+        Otherwise low noise, at which only edges are left to be found, would get most of the weight,
+        and high noise, at which it is decided what stands where, would get almost none.
         """
         t = torch.randint(1, self.T + 1, x_0.shape[:1], device=x_0.device, generator=generator)
         eps = torch.randn(x_0.shape, device=x_0.device, generator=generator)

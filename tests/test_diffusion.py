@@ -68,7 +68,8 @@ def test_the_loss_is_zero_for_the_right_v_and_weighs_an_error_of_v_by_the_object
     right = lambda x_t, t: seen.append((x_t, t)) or as_v(x_0, x_t, t)
     assert process.loss(right, x_0, seeded()) < 1e-8
     wrong = process.loss(lambda x_t, t: right(x_t, t) + 3, x_0, seeded()).item()
-    (x_t, t), cos, sin = seen[1], *process.rotation(seen[1][1], x_0)
+    x_t, t = seen[1]
+    cos, sin = process.rotation(t, x_0)
     eps = (x_t - cos * x_0) / sin
     assert abs(eps.mean()) < 0.05 and eps.std().item() == pytest.approx(1, abs=0.05)
     assert 1 <= t.min() and t.max() <= 1000 and abs(t.float().mean() - 500) < 50
