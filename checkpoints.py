@@ -167,7 +167,7 @@ def load_parts(folder, device="cpu"):
     shipped = SHIPPED / first.trained["data"]
     if "clip" not in found and not (shipped / "clip.pt").exists():
         raise FileNotFoundError(f"{folder}: clip.pt is missing; "
-                                f"python train.py --stage clip makes it")
+                                f"copy the one of its parts, or train all: python train.py")
     clip = found.get("clip") or load_part(shipped / "clip.pt", device)
     for part, model in found.items():
         check_clip(model, clip, folder / f"{part}.pt")

@@ -62,6 +62,13 @@ def same_bits(a, b):
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
+class Surprise:
+    """A pickle that runs code when it is opened."""
+
+    def __reduce__(self):
+        return os.system, ("touch was_here",)
+
+
 def tiny_parts(side=32):
     """Every part, tiny and untrained, with one CLIP and its tokenizer: {part: model}."""
     from clip_tiny import CLIP, CLIPConfig, Tokenizer

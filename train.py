@@ -172,8 +172,8 @@ def autocast(device):
 
 
 def report(run, state, validation, log, bar):
-    """A row of the log. Every tenth row tells the averaged weights' error on validation data too,
-    and comes with a new picture to watch."""
+    """A row of the log. Every tenth row, and the last, tells the averaged weights' error on
+    validation data too, and comes with a new picture to watch."""
     check_finite(run, state)
     loss = state.sums[0].item() / (state.step - (state.rows[-1]["step"] if state.rows else 0))
     state.sums.zero_()
@@ -196,8 +196,8 @@ def report(run, state, validation, log, bar):
 @torch.no_grad()
 def validate(run, ema, pairs):
     """Yields columns of the log, (name, value): the loss, with the same draws and noise each time.
-    For a decoder, also 1,000 times the squared errors of x_0, at five t, and of the sketch, for
-    each group of pictures."""
+    For a decoder, also 1,000 times the mean squared errors of x_0, at five t, and of the sketch,
+    for each group of pictures."""
     g, n = torch.Generator(run.device).manual_seed(0), run.recipe.batch_size
     with autocast(run.device):
         losses = [STAGES[run.stage](ema, pairs.draw(n, g), g)
@@ -267,8 +267,8 @@ class Pairs:
     Captions repeat: 60,000 pictures have far fewer different ones. So tokens and z_t are kept once
     for each different caption, and text_of has the indices of a picture's captions. CLIP is frozen,
     so z_i and z_t are computed here, once. If pictures may be mirrored, z_i has two views.
-    small: for the upsampler, the same pictures in the size in which the decoder learns them. An
-    area mean of large ones would be cleaner than what the decoder draws.
+    small: for the upsampler, the same pictures in the size in which the decoder learns them. Area
+    means of the large ones would be cleaner than what the decoder draws.
     """
 
     def __init__(self, dataset, tokenizer, clip, device, shift=False, small=None):
@@ -370,13 +370,13 @@ def build(run, pairs):
         options |= TEXT_ONLY
     if run.stage == "ar-prior":
         z_i = pairs.z_i.flatten(0, 1)                                        # (views·N, D)
-        options["components"] = components_needed(run.clip.whiten(z_i).var(0))
-        run.say(f"{options['components']} axes hold 99 % of the variance of whitened z_i")
+        options["components"] = run.given.config.components if run.given else \
+            components_needed(run.clip.whiten(z_i).var(0))
+        run.say(f"writes {options['components']} axes of whitened z_i")
     torch.manual_seed(run.args.seed)
     model = kind(config(**options)).to(run.device, memory_format=torch.channels_last)
-    model.tokenizer, model.clip_id = pairs.tokenizer, run.clip and run.clip.clip_id
-    if run.stage == "clip":
-        model.clip_id = secrets.token_hex(8)
+    model.tokenizer = pairs.tokenizer
+    model.clip_id = secrets.token_hex(8) if run.stage == "clip" else run.clip and run.clip.clip_id
     if run.given:
         weights = run.given.state_dict()
         if run.args.text_only:                       # a decoder's sketch is of no use to it
@@ -405,8 +405,8 @@ class Run:
         self.stage, self.args = stage, args
         self.part = "text_decoder" if args.text_only else stage.replace("-", "_")
         self.device, self.folder = find_device(args.device), Path(args.out or f"runs/{args.data}")
-        flags = {name: getattr(args, name) for name in ("steps", "batch_size", "lr")}
-        self.recipe = replace(RECIPES[args.size][stage], **{k: v for k, v in flags.items() if v})
+        typed = {name: getattr(args, name) for name in ("steps", "batch_size", "lr")}
+        self.recipe = replace(RECIPES[args.size][stage], **{k: v for k, v in typed.items() if v})
         self.image_size = 32 if args.size == "small" or args.data == "cifar10" else 64
         self.files = {kind: self.folder / f"{self.part}.{kind}"
                       for kind in ("pt", "state.pt", "csv", "png")}
@@ -519,9 +519,8 @@ class State:
         assert s.tokenizer == self.dump()["tokenizer"], "its captions were others"
         assert 0 < s.step <= steps, f"its step is {s.step}"
         numbers = [s.seconds, *(n for row in s.rows for n in row.values())]
-        assert all(type(n) in (int, float) for n in numbers) and s.seconds >= 0, "its log is wrong"
-        assert type(s.rows) is list and all(row["step"] <= s.step for row in s.rows), \
-            "its log is wrong"
+        assert all(type(n) in (int, float) for n in numbers) and s.seconds >= 0 and \
+            type(s.rows) is list and all(r["step"] <= s.step for r in s.rows), "its log is wrong"
         assert type(s.clip_id) is type(self.model.clip_id), f"its clip_id is {s.clip_id!r}"
         self.model.load_state_dict(sound_weights(s.model))
         self.ema.load_state_dict(sound_weights(s.ema))
@@ -652,8 +651,8 @@ def timed(f, device):
     """Seconds that f() takes, to the end of what it starts on the device."""
     began = time.perf_counter()
     f()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
     return time.perf_counter() - began
 
 
@@ -686,7 +685,7 @@ def parse(argv):
     add("--data", default="shapes", choices=data.DATASETS, help="default: %(default)s")
     add("--data-dir", help="where cifar10 (default: downloaded), coco or the folder is")
     add("--limit", type=int, help="how many training pictures (default: all; shapes: 60000, signs: "
-        "30000)")
+        f"30000); the upsampler takes at most {LARGE_PICTURES}")
     add("--size", default="small", choices=SIZES, help="base: for a GPU (default: small)")
     add("--steps", type=int, help="default: the stage's recipe")
     add("--batch-size", type=int, help="pictures a step (default: the stage's recipe)")

@@ -1,7 +1,7 @@
-"""Weights on disk: what is saved comes back, whose parts they are, and what all commands share.
-
-What is damaged is refused in test_trust.py.
+"""Weights on disk: what is saved comes back, what is damaged or of another CLIP is refused; and what
+all commands share.
 """
+import math
 import os
 import shutil
 
@@ -11,7 +11,7 @@ import torch
 import checkpoints
 from checkpoints import (PARTS, load_part, load_parts, read_torch, run_command, save_part, say,
                          write_torch)
-from conftest import same_bits
+from conftest import Surprise, same_bits
 
 
 # ---- Files ---------------------------------------------------------------------------------------
@@ -54,6 +54,50 @@ def test_a_part_comes_back_bit_by_bit_or_in_half_precision_nearly_so(tiny_weight
             assert value.dtype == torch.float32
             assert torch.allclose(value, model.state_dict()[name], rtol=1e-3, atol=1e-6), name
         assert half or same_bits(again.state_dict(), model.state_dict())
+
+
+def first(change):
+    """Change the first of the weights."""
+    def spoil(c):
+        name, tensor = next(iter(c["weights"].items()))
+        c["weights"][name] = change(tensor)
+    return spoil
+
+
+SPOILT = {
+    "decoder": [
+        dict.clear, lambda c: c["weights"].popitem(),
+        lambda c: c["weights"].update(extra=torch.zeros(1)), first(lambda w: torch.zeros(3, 3)),
+        first(lambda w: w * math.nan), first(lambda w: w + math.inf), first(lambda w: w + 0j),
+        first(lambda w: "heavy"), lambda c: c.pop("weights"), lambda c: c.update(weights=[1]),
+        lambda c: c.pop("config"), lambda c: c.update(config=[1]),
+        lambda c: c["config"].update(dim="large"), lambda c: c["config"].update(width=10 ** 9),
+        lambda c: c["config"].update(width=32), lambda c: c["config"].update(channels=3),
+        lambda c: c.pop("clip_id"), lambda c: c.update(clip_id=7), lambda c: c["trained"].clear(),
+        lambda c: c.update(trained=torch.zeros(2)), lambda c: c.update(format=999),
+        lambda c: c.pop("format"), lambda c: c.update(format=torch.zeros(2)),
+        lambda c: c.update(part=["decoder"]), lambda c: c.update(part="prior")],
+    "clip": [
+        lambda c: c["tokenizer"]["merges"].pop(), lambda c: c["tokenizer"].update(merges="abc"),
+        lambda c: c["tokenizer"]["merges"].append([9, 9]), lambda c: c["tokenizer"].pop("words"),
+        lambda c: c["tokenizer"].update(context=8), lambda c: c["tokenizer"].update(words=3)]}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_damaged_part_is_refused_in_one_line_and_no_code_in_it_runs(
+        tiny_weights, tmp_path, monkeypatch, part):
+    monkeypatch.chdir(tmp_path)
+    path, whole = tmp_path / f"{part}.pt", (tiny_weights / f"{part}.pt").read_bytes()
+    trees = [[1, 2], {"part": Surprise()}, torch.nn.Linear(1, 1)]
+    for spoil in SPOILT.get(part, []):
+        path.write_bytes(whole)
+        spoil(tree := read_torch(path))
+        trees.append(tree)
+    for content in (b"", b"hello", b"\x89PNG\r\n\x1a\n" + bytes(100), whole[:5000], *trees):
+        path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+        with pytest.raises(ValueError, match=f"^.*{part}.pt: .*$"):
+            load_part(path)
+    assert os.listdir() == [path.name]
 
 
 # ---- Folders of weights --------------------------------------------------------------------------

@@ -1,10 +1,8 @@
-"""The data sets: shapes, CIFAR-10, COCO, a folder, single pictures; and what may be wrong there.
-
-More damaged files of theirs are in test_trust.py.
-"""
+"""The data sets: shapes, CIFAR-10, COCO, a folder, single pictures; and what may be wrong there."""
 import hashlib
 import json
 import os
+import pickle
 import random
 import shutil
 import tarfile
@@ -17,7 +15,8 @@ from PIL import Image, ImageCms
 
 import data
 import shapes
-from conftest import batch, picture, same_bits, write_cifar, write_coco, write_metadata
+from conftest import (Surprise, batch, picture, same_bits, write_cifar, write_coco,
+                      write_metadata)
 
 
 @pytest.fixture(autouse=True)
@@ -110,14 +109,6 @@ def test_signs_say_their_word_in_dark_letters_on_a_light_board_in_any_size(cache
         assert image.float().mean(0).amin() < 140 < image.float().mean()
     halves = torch.nn.functional.avg_pool2d(large.images.float(), 2)
     assert (halves - small.images.float()).abs().max() <= 1                  # each is rounded
-
-
-def test_another_word_changes_only_its_letters_and_the_rest_follows_the_generator():
-    a, b, c = (data.draw_sign(word, random.Random(seed), 32).float()
-               for word, seed in (("bato", 0), ("bamo", 0), ("bato", 1)))
-    changed = (a != b).any(0).nonzero()[:, 1]                                # columns
-    assert 0 < len(changed) and changed.max() - changed.min() <= 8           # of one letter
-    assert (a != c).float().mean() > 0.8
 
 
 def test_words_are_two_syllables_and_a_tenth_of_them_is_never_on_a_sign_of_the_data_set():
@@ -405,6 +396,24 @@ def test_a_very_large_jpeg_is_read_through_draft_and_a_large_png_is_refused(tmp_
     assert Image.MAX_IMAGE_PIXELS == 90_000    # Pillow's own bound is as it was
 
 
-def test_nobody_is_warned_of_a_picture_s_broken_metadata(tmp_path, recwarn):
-    path = picture(tmp_path / "a.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0\x05\0")
-    assert data.read_image(path, 16)[0].min() > 190 and not recwarn.list
+# ---- Damaged files ------------------------------------------------------------------------------
+
+NOT_JSON = [b"", b"{broken", b"[" * 100_000, b'{"text": "\xe9"}', b"[]"]
+BATCHES_WRONG = [b"", b"no pickle", *map(pickle.dumps, (
+    [1, 2], {}, Surprise(), batch(0, 0), {**batch(0, 4), b"labels": [1] * 3},
+    {**batch(0, 4), b"labels": [10] * 4}, {**batch(0, 4), b"data": np.zeros((4, 3072))})),
+    *(b"cbuiltins\n" + name + b"\n." for name in (b"eval", b"getattr", b"__import__"))]
+
+
+@pytest.mark.parametrize("name, write, file, contents, word", [
+    ("folder", write_metadata, "metadata.jsonl",
+     [*NOT_JSON[1:], b'{"file_name": "a.jpg"}', b'{"file_name": 5, "text": "a"}'], "line 1"),
+    ("coco", write_coco, "annotations/captions_train2017.json",
+     [*NOT_JSON, b'{"images": [{"id": 1}]}', b'{"images": [{"id": 1, "file_name": 3}]}',
+      b'{"images": [], "annotations": [{"image_id": []}]}'], "captions_train2017.json"),
+    ("cifar10", write_cifar, "cifar-10-batches-py/data_batch_3", BATCHES_WRONG, "--data-dir")])
+def test_a_damaged_file_of_a_data_set_is_refused(tmp_path, name, write, file, contents, word):
+    write(tmp_path, 4)
+    for content in contents:
+        (tmp_path / file).write_bytes(content)
+        refused(lambda: data.load(name, "train", 32, data_dir=tmp_path, cache=False), word)

@@ -90,11 +90,8 @@ def test_scenes_for_a_caption_are_those_of_which_it_is_true(caption):
     assert distance <= 1.5 * by_chance, (distance, by_chance)
 
 
-def test_labels_have_their_shapes_and_say_what_is_absent(scenes):
+def test_labels_say_what_is_absent(scenes):
     labels = labels_of(scenes[:50])
-    shapes = {key: tuple(value.shape[1:]) for key, value in labels.items()}
-    assert shapes == {"count": (), "relation": (), "shape": (2,), "colour": (2,), "size": (2,),
-                      "position": (2, 2), "yaw": (2,), "floor": (3,)}
     absent = labels["count"] == 1
     assert (labels["shape"][absent, 1] == -1).all() and (labels["position"][absent, 1] == 0).all()
     assert (labels["relation"] == 0).equal(absent) and labels["relation"].max() < len(RELATIONS)
@@ -110,13 +107,6 @@ def test_captions_are_true_and_parsed_as_no_more_than_they_say(scenes):
         words = [word for names in given["solids"] for word in names.values()]
         assert sorted(words) == sorted(word for word in caption.split()
                                        if word in [*COLOURS, *SHAPES, *SIZES])
-
-
-def test_three_quarters_of_the_captions_of_solids_side_by_side_say_left_of(scenes):
-    rng = random.Random(0)
-    said = [describe(scene, rng) for scene in scenes if scene.relation == "left of"]
-    share = sum("left of" in caption for caption in said) / len(said)
-    assert len(said) > 150 and abs(share - 0.75) < 4 * (0.75 * 0.25 / len(said)) ** 0.5
 
 
 def test_a_caption_is_false_of_a_changed_scene_and_some_texts_are_no_captions():
