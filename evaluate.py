@@ -83,10 +83,11 @@ class Bench:
     def most(self, count):
         return min(count, self.n or count)
 
-    def portions(self, title, N, f, size=64):
-        """f(slice) for the slices that make up 0..N, put together."""
-        slices = [slice(i, i + size) for i in range(0, N, size)]
-        return torch.cat([f(i) for i in tqdm(slices, title, leave=False)])
+    def portions(self, title, f, *columns, size=64):
+        """f(*columns), `size` rows at a time, put together. A column may be None, as f sees it."""
+        N = max(len(x) for x in columns if x is not None)
+        some = lambda i: [x if x is None else x[i:i + size] for x in columns]
+        return torch.cat([f(*some(i)) for i in tqdm(range(0, N, size), title, leave=False)])
 
     def floats(self, images):
         return to_float(images.to(self.unclip.device))
@@ -100,34 +101,29 @@ class Bench:
 
     def encode(self, images):
         """Pictures → z_i (N, D)."""
-        return self.portions("CLIP", len(images), lambda i: self.unclip.clip.encode_image(
-            self.floats(images[i])))
+        return self.portions("CLIP", self.unclip.clip.encode_image, self.floats(images))
 
     def z_i(self, captions, prior="diffusion", **options):
         """A z_i of each caption, by a prior → (N, D)."""
-        y, rows = self.tokens(captions), range(len(captions))
-        return self.portions(f"z_i, {prior}", len(y), lambda i: self.unclip.draw_z_i(
-            y[i], self.seed, rows[i], prior, **options))
+        f = lambda y, rows: self.unclip.draw_z_i(y, self.seed, rows, prior, **options)
+        return self.portions(f"z_i, {prior}", f, self.tokens(captions), range(len(captions)))
 
     def draw(self, captions, z_i, **how):
         """A picture of each caption and z_i (N, D). One of them may be None: it is hidden."""
-        y = None if captions is None else self.tokens(captions)
-        N, some = len(z_i if y is None else y), lambda x, i: None if x is None else x[i]
-        return self.portions("decoder", N, lambda i: to_uint8(self.unclip.draw_x(
-            some(z_i, i), some(y, i), self.seed, range(N)[i], **how)).cpu())
+        f = lambda z_i, y, rows: self.unclip.draw_x(z_i, y, self.seed, rows, **how)
+        y, rows = captions and self.tokens(captions), range(len(captions or z_i))
+        return to_uint8(self.portions("decoder", f, z_i, y, rows)).cpu()
 
-    def latents(self, images, steps=50):
+    def latents(self, images):
         """Pictures → z_i (N, D) and x_T (N, 3, H, W)."""
-        portions = tqdm(self.floats(images).split(64), f"inverting, {steps} steps", leave=False)
-        z_i, x_T = zip(*(self.unclip.latent(x, steps) for x in portions))
-        return torch.cat(z_i), torch.cat(x_T)
+        invert = lambda x: self.unclip.latent(x)[1]
+        return self.encode(images), self.portions("inverting", invert, self.floats(images))
 
-    def decode(self, z_i, x_T, steps=50, eta=0.0):
+    def decode(self, z_i, x_T, eta=0.0):
         """A picture of each latent: unguided, and without a caption."""
-        rows = range(len(z_i))
-        return self.portions(f"decoding, {steps} steps", len(z_i), lambda i: to_uint8(
-            self.unclip.decode(z_i[i], x_T[i], steps, eta, self.unclip.noise(
-                self.seed, rows[i], "variation"))).cpu())
+        noise = lambda rows: self.unclip.noise(self.seed, rows, "variation")
+        f = lambda z_i, x_T, rows: self.unclip.decode(z_i, x_T, eta=eta, noise=noise(rows))
+        return to_uint8(self.portions("decoding", f, z_i, x_T, range(len(z_i)))).cpu()
 
     def x_T(self, N):
         """Noise to start N pictures from, the same at each call."""
@@ -139,9 +135,8 @@ class Bench:
 
     def enlarged(self, images):
         """Pictures through the upsampler, if there is one."""
-        x, rows = self.floats(images), range(len(images))
-        return self.portions("upsampler", len(x), lambda i: to_uint8(self.unclip.upsample(
-            x[i], self.seed, rows[i])).cpu(), size=16)
+        f, x = lambda x, rows: self.unclip.upsample(x, self.seed, rows), self.floats(images)
+        return to_uint8(self.portions("upsampler", f, x, range(len(x)), size=16)).cpu()
 
     def renders(self, captions, side=None, first=0):
         """A render of each caption. Its scene is number `first` + the caption's index."""
@@ -620,8 +615,9 @@ def vary(bench):
 
     One variation of each validation render, at every eta. Kept: the solids are there, each in its
     colour and shape. The last row is how unrelated renders differ."""
-    (images, labels), _ = renders_and_others(bench, bench.most(350), alone=False)
-    (z_i, x_T), one, saw = bench.latents(images), labels["count"] == 1, bench.judge.read(images)
+    split = bench.validation(bench.most(350))
+    images, labels, one = split.images, split.labels, split.labels["count"] == 1
+    (z_i, x_T), saw = bench.latents(images), bench.judge.read(images)
 
     def measure(x, seen):
         kept = same(seen, labels)
@@ -702,8 +698,9 @@ def pca(bench):
 
     z_i of validation renders on its first k axes, and the mean on the others, each decoded from the
     same noise for every k. The paper finds the coarse meaning first, and details later."""
-    (images, labels), _ = renders_and_others(bench, bench.most(200), alone=False)
-    one, mean, z_i = labels["count"] == 1, bench.unclip.clip.mean, bench.encode(images)
+    split, mean = bench.validation(bench.most(200)), bench.unclip.clip.mean
+    images, labels, one = split.images, split.labels, split.labels["count"] == 1
+    z_i = bench.encode(images)
     noise, variances = bench.x_T(len(images)), (z_i - mean).square().mean(0)
 
     def measure(x, seen):

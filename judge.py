@@ -291,12 +291,10 @@ def energy_distance(x, y):
     Its mean is 0 if the distributions are the same, and only then (Székely & Rizzo 2013). To
     compare with a single point, give it twice: one sample has no pairs.
     """
-    def distances(a, b):
-        return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
-
-    def within(a):                                       # a sample and itself are no pair
-        return distances(a, a).sum((-2, -1)) / (a.shape[-2] * (a.shape[-2] - 1))
-    return 2 * distances(x, y).mean((-2, -1)) - within(x) - within(y)
+    total = lambda a, b: torch.cdist(
+        a, b, compute_mode="donot_use_mm_for_euclid_dist").sum((-2, -1))
+    n, m = x.shape[-2], y.shape[-2]                      # a sample and itself are no pair
+    return 2 * total(x, y) / (n * m) - total(x, x) / (n * (n - 1)) - total(y, y) / (m * (m - 1))
 
 
 def frechet(x, y):
