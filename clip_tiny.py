@@ -223,7 +223,7 @@ class CLIPConfig:
     vocab: int                  # of the tokenizer that belongs to these weights
     context: int                # most tokens of a caption
     image_size: int = 32        # pixels a side
-    patch: int = 8              # pixels a side that become one image token; a power of two
+    patch: int = 8              # pixels a side that become one image token: 2, 4, 8 or 16
     stem: tuple = (24, 48, 96)  # channels on the way from the picture to its patches
     width: int = 128            # of both Transformers
     depth: int = 2
@@ -276,7 +276,7 @@ class CLIP(nn.Module):
         """Symmetric contrastive cross-entropy of B pairs: x (B, 3, H, W), tokens (B, L); a scalar.
 
         differs from the paper: captions repeat within a batch here. All pictures of one caption are
-        right answers for it, and share the target's mass, so that they are not pushed apart.
+        right answers for it, and share the target equally. Else the loss would push them apart.
         """
         with torch.no_grad():                # clamped here: a clamp on the way would stop gradients
             self.logit_scale.clamp_(max=math.log(100))
@@ -293,9 +293,9 @@ class CLIP(nn.Module):
     def fit_axes(self, z_i):
         """Turn the space so that its axes are the principal axes of z_i (N, D), largest first.
 
-        Both projections turn alike, so no angle changes. The axes have three uses: the AR prior's
-        codes (sec. 2.2), Fig. 7, and `whiten`. The main axes are those that `components_needed`
-        keeps. They hold nearly all that captions name: only along them is z_t like a z_i.
+        Both projections turn alike, so no angle changes. The axes serve the AR prior's codes (sec.
+        2.2), Fig. 7, and `whiten`. The main axes, those that `components_needed` keeps, hold nearly
+        all that captions name. Along the others z_t is unlike any z_i.
         Returns the variances along the axes (D,).
         """
         z = z_i.cpu().double()                                       # MPS has no float64

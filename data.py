@@ -574,11 +574,10 @@ def folder(split, size, limit, data_dir, seed, cache):
     how = "metadata.jsonl" if "metadata.jsonl" in files else f"{len(classes)} classes"
     report(f"folder {split}, {how}", top, files, captions, len(names),
            {"broken": broken + len(chosen) - len(names), "empty captions": empty})
-    labels = [classes.index(kinds[name]) for name in names] if kinds else None
+    labels = {"class": torch.tensor([classes.index(kinds[k]) for k in names])} if kinds else {}
     sided = any(re.search(r"\b(left|right)\b", text, re.I)
                 for texts in captions.values() for text in texts)
-    return Dataset(images, [captions[name] for name in names],
-                   {"class": torch.tensor(labels)} if kinds else {}, classes, flips=not sided)
+    return Dataset(images, [captions[name] for name in names], labels, classes, flips=not sided)
 
 
 def halves(root):
@@ -621,7 +620,7 @@ def held_out(images):
     """Which of N pictures validate? About one in twenty, and at least one.
 
     A hash of its pixels decides, so a picture stays in its split if it is renamed, or if the folder
-    grows. But if no hash is small enough, the smallest one validates, until a smaller one comes.
+    grows. But if no hash is small enough, the smallest validates; a new picture may replace it.
     """
     hashes = [hashlib.md5(image.numpy().tobytes()).hexdigest() for image in images]
     bound = max("0ccc", min(hashes, default=""))    # 0x0ccc is a twentieth of 0xffff

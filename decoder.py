@@ -1,6 +1,7 @@
 """p(x | z_i, y): from an image embedding to pixels (paper, sec. 2.1), and from few pixels to many.
 
-One UNet serves both: the Decoder gives it z_i and the caption, the Upsampler a small picture.
+One UNet serves both. It reads x_t and a second picture: the Decoder's own sketch of what z_i says,
+or the small picture that the Upsampler enlarges.
 CLIP is nowhere in this file. z_i, whitened (CLIP.whiten), and tokens come in as tensors; a hidden
 condition is all zeros. Next chapter: train.py.
 """
@@ -89,15 +90,14 @@ class UNet(nn.Module):
         self.stem = nn.Conv2d(6, channels[0], 3, padding=1)     # x_t and a picture, 3 channels each
         self.down, self.shrink, self.up, self.grow = (nn.ModuleList() for _ in range(4))
         levels = list(zip(channels, blocks, [context_width if a else None for a in attention]))
-        for k, (C, n, attended) in enumerate(levels):
+        for k, (C, n, reads) in enumerate(levels):       # reads: the context's width, or None
             if k > 0:
                 self.shrink.append(nn.Conv2d(channels[k - 1], C, 3, stride=2, padding=1))
-            self.down.append(nn.ModuleList(UNetBlock(C, C, emb_width, attended) for _ in range(n)))
-        self.middle = nn.ModuleList([UNetBlock(C, C, emb_width, attended),      # the coarsest level
+            self.down.append(nn.ModuleList(UNetBlock(C, C, emb_width, reads) for _ in range(n)))
+        self.middle = nn.ModuleList([UNetBlock(C, C, emb_width, reads),         # the coarsest level
                                      UNetBlock(C, C, emb_width, None)])
-        for k, (C, n, attended) in reversed(list(enumerate(levels))):
-            self.up.append(nn.ModuleList(UNetBlock(2 * C, C, emb_width, attended)
-                                         for _ in range(n)))
+        for k, (C, n, reads) in reversed(list(enumerate(levels))):
+            self.up.append(nn.ModuleList(UNetBlock(2 * C, C, emb_width, reads) for _ in range(n)))
             if k > 0:
                 self.grow.append(nn.Conv2d(C, channels[k - 1], 3, padding=1))
         self.norm = nn.GroupNorm(8, channels[0])
@@ -143,8 +143,9 @@ class DecoderConfig:
     sketch_size: int = 16                # pixels a side of the sketch, see Decoder
     sketch_width: int = 1024             # of the MLP that draws it
     sketch_depth: int = 3                # its hidden layers
-    # How often training hides each condition (sec. 2.1). Guidance needs a network that can draw
-    # without them, and the manipulations have no caption.
+    # How often training hides each condition (sec. 2.1), independently, and so both in 5 % of
+    # cases. Guidance needs a network that can draw without both, the manipulations one that can
+    # draw without a caption.
     drop_z_i: float = 0.1                # 1: a text-only decoder, like GLIDE
     drop_text: float = 0.5
 
@@ -157,8 +158,8 @@ class Decoder(nn.Module):
     embedding, and all its outputs to the context. z_i is that of the training picture itself: the
     decoder learns to invert CLIP. A z_i drawn by a prior would belong to another picture.
     differs from the paper: the variance of a sampling step is DDPM's, not learnt. And z_i enters in
-    a third way: the UNet is shown a sketch, the mean picture E[x | z_i], of few pixels. The mean is
-    the best estimate of x_0 from pure noise. The UNet is slow to learn it. An MLP learns it sooner,
+    a third way: the UNet is shown a sketch, a small estimate of the mean picture E[x | z_i]. This
+    mean is the best guess of x_0 from pure noise. The UNet learns it slowly; an MLP learns it soon,
     and is cheap.
     """
 
@@ -200,7 +201,7 @@ class Decoder(nn.Module):
         return F.mse_loss(self.draw_sketch(z_i), F.adaptive_avg_pool2d(x, self.config.sketch_size))
 
     def loss(self, x, z_i, tokens, generator=None):
-        """The error of eps at random t (Diffusion.loss), and that of the sketch: a scalar.
+        """The weighted error at random t (Diffusion.loss), and that of the sketch: a scalar.
 
         x (B, 3, H, W) in [-1, 1]; z_i (B, D), whitened; tokens (B, L).
         """

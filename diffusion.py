@@ -36,12 +36,10 @@ class Diffusion(nn.Module):
 
     objective: what the loss compares, "x_0" (sec. 2.2) or "eps" (GLIDE's; sec. 2.1 builds on it).
     differs from the paper: the network always answers v (Salimans & Ho 2022), from which x_0 and
-    eps are computed. At low noise x_0 is almost x_t, and at high noise eps is almost x_t. But a
-    network copies x_t only roughly. With v, `x_0_and_eps` makes the copy, exactly.
+    eps are computed. At low noise x_0 is almost a copy of x_t, and at high noise eps is. A network
+    copies only roughly. If it answers v, the formula in `x_0_and_eps` makes the copy, exactly.
     power: a sampler's times are evenly spaced if it is 1, and denser near 0 if it is more.
     """
-
-    WEIGHTS = 0.1, 5         # least and most, see `loss`
 
     def __init__(self, objective, power=1, T=1000):
         super().__init__()
@@ -74,8 +72,8 @@ class Diffusion(nn.Module):
 
         differs from the paper: the error of eps is the error of x_0 times the signal-to-noise
         ratio. Here this weight stays between 0.1 and 5 (the 5 is min-SNR's, Hang et al. 2023).
-        Otherwise low noise, at which only edges are left to be found, would get most of the weight,
-        and high noise, at which it is decided what stands where, would get almost none.
+        Without limits, low noise, at which only edges are left to be found, would get most of the
+        weight, and high noise, at which it is decided what stands where, would get almost none.
         """
         t = torch.randint(1, self.T + 1, x_0.shape[:1], device=x_0.device, generator=generator)
         eps = torch.randn(x_0.shape, device=x_0.device, generator=generator)
@@ -85,8 +83,7 @@ class Diffusion(nn.Module):
         of_x_0, of_eps = error(x_0_hat, x_0), error(eps_hat, eps)
         if self.objective == "x_0":
             return of_x_0.mean()
-        least, most = self.WEIGHTS
-        return of_eps.clamp(least * of_x_0, most * of_x_0).mean()
+        return of_eps.clamp(0.1 * of_x_0, 5 * of_x_0).mean()
 
     # ---- Sampling --------------------------------------------------------------------------
 
@@ -201,7 +198,8 @@ class Noise:
 
 
 def timestep_embedding(t, width):
-    """Cosines and sines of t (B,) at `width`/2 wavelengths from 2π to 10000·2π → (B, width)."""
+    """Cosines and sines of t (B,) at `width`/2 wavelengths, from 2π to almost 10000·2π →
+    (B, width)."""
     k = torch.arange(width // 2, device=t.device) / (width // 2)
     angles = t[:, None].float() * torch.exp(-math.log(10000) * k)
     return torch.cat([angles.cos(), angles.sin()], dim=1)

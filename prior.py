@@ -46,8 +46,8 @@ class DiffusionPrior(nn.Module):
     a text encoder for the AR prior only, so the paper may do the same.)
     """
 
-    # The paper scales z_i by 17.2 = 0.5375·√1024, so that a coordinate varies as much as a pixel in
-    # [-1, 1] does, because the noise schedule was made for pixels. Whitened z_i vary by about 1.
+    # The noise schedule was made for pixels in [-1, 1], so z_i is to vary as much as they do: by
+    # 0.5375. Whitened z_i vary by about 1. The paper's z_i have unit norm: 17.2 = 0.5375·√1024.
     SCALE = 0.5375
 
     def __init__(self, config):
@@ -84,8 +84,8 @@ class DiffusionPrior(nn.Module):
         return self.out(self.transformer(x, causal_mask(visible))[:, -1])     # (B, D)
 
     def loss(self, z_i, z_t, tokens, generator=None):
-        """The mean of (ẑ_i − z_i)², both times SCALE, at random t: a scalar. ẑ_i is computed from
-        the answer v at (z_i_t, t, y).
+        """The mean of (SCALE·ẑ_i − SCALE·z_i)² at random t: a scalar. ẑ_i is computed from the
+        answer v at (z_i_t, t, y).
 
         z_i (B, D), whitened; z_t (B, D), unit norm; tokens (B, L). Where training hides the caption
         it hides z_t too: z_t would give the caption away.
@@ -101,8 +101,8 @@ class DiffusionPrior(nn.Module):
 
         The paper trains it for guidance (sec. 2.2), and then found that guidance hurts (sec. 5.5):
         it is unguided by default.
-        differs from the paper: the paper samples by Analytic-DPM, this code by DDIM. DDPM's
-        variance is too small for so few steps: z_i would vary too little.
+        differs from the paper: the paper samples by Analytic-DPM, this code by DDIM. In few steps
+        DDPM adds too little noise, so its z_i vary too little. DDIM keeps the variety of x_T.
         """
         f = guided(self, guidance, (z_t, tokens))
         return self.diffusion.sample(f, noise(), steps, eta, noise) / self.SCALE
@@ -177,6 +177,7 @@ class ARPrior(nn.Module):
         self.codes, self.dots = Codes(c.components, c.buckets), Codes(1, c.buckets)
         self.token = nn.Embedding(c.vocab, c.width)
         self.z_t = nn.Linear(c.dim, c.width)
+        # The last of `symbol` and of `position` are not read: nothing comes after the last code.
         self.symbol = nn.Parameter(torch.randn(1 + c.components, c.buckets, c.width) * 0.02)
         self.position = nn.Parameter(torch.randn(c.context + 2 + c.components, c.width) * 0.02)
         self.transformer = Transformer(c.width, c.depth)
@@ -223,8 +224,8 @@ class ARPrior(nn.Module):
 
         top_half: the dot is drawn from p(dot | y), cut to the upper half of the training values.
         temperature: 0 takes the likeliest symbol each time. guidance: by the caption and z_t, of
-        the dot and the codes (sec. 2.2). With top_half False, and 1 for both, z_i follows
-        p(z_i | y).
+        the dot and the codes (sec. 2.2). With top_half False, temperature 1 and guidance 1, z_i
+        follows p(z_i | y).
         differs from the paper: it says "the top half of the distribution", and names no condition.
         Here the dot is drawn given y, since not every caption can be fitted equally well.
         differs from the paper: it found that guiding the prior hurts (sec. 5.5). Here, unguided,

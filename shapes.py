@@ -177,22 +177,20 @@ def describe(scene, rng):
     *Which* attributes it names is drawn without a look at their values. So a caption tells no more
     than its words say, and scenes_for() can draw from p(scene | caption) exactly.
     """
-    alone = scene.relation == "alone"
-    nouns = []
+    relation, nouns = scene.relation, []
     for solid in scene.solids:
         words = [solid.shape]
-        if rng.random() < (0.75 if alone else 0.9):
+        if rng.random() < (0.75 if relation == "alone" else 0.9):
             words.insert(0, solid.colour)
         if rng.random() < 0.4:
             words.insert(0, solid.size)
         nouns.append(("an " if words[0] == "orange" else "a ") + " ".join(words))
-    relation = scene.relation
     # One wording is more usual. If both were equally frequent, neither the word nor the order of
     # the nouns would tell anything alone, and CLIP does not learn what both tell together.
     if relation == "left of" and rng.random() < 0.25:
         relation, nouns = "right of", nouns[::-1]
     return rng.choice(["", "", "", "a photo of ", "a picture of ", "there is "]) + \
-        (nouns[0] if alone else f"{nouns[0]} {relation} {nouns[1]}")
+        (nouns[0] if relation == "alone" else f"{nouns[0]} {relation} {nouns[1]}")
 
 
 NOUN = rf"an? (?:({'|'.join(SIZES)}) )?(?:({'|'.join(COLOURS)}) )?({'|'.join(SHAPES)})"

@@ -6,9 +6,9 @@ Text-Conditional Image Generation with CLIP Latents", arXiv 2204.06125).
 The paper's idea (sec. 2): a picture x has exactly one CLIP image embedding z_i, so p(x | y) =
 p(x, z_i | y) = p(x | z_i, y) p(z_i | y). A *prior* draws an embedding that fits the caption. A
 *decoder* draws a picture that has this embedding. z_i says what matters in a picture, and noise
-says the rest. If a sampler adds no noise on its way, all the rest is in x_T, the noise at the
-start. With z_i and x_T, pictures can also be reconstructed, varied, interpolated, and edited by
-captions (sec. 3).
+says the rest. A sampler starts from noise, x_T. If it adds no more on its way (eta 0), x_T alone
+holds all the rest. With z_i and x_T, pictures can also be reconstructed, varied, interpolated, and
+edited by captions (sec. 3).
 
 Reading order: unclip, diffusion, clip_tiny, prior, decoder, which are the paper; then train,
 sample, shapes, data, judge, evaluate, checkpoints.
@@ -32,7 +32,8 @@ class UnCLIP:
     Every part but CLIP may be None. All that is random is a function of the seed and of a picture's
     row, its index within its prompt. CLIP is frozen: it is no sub-module of the others, so their
     training can't change it, and its embeddings can be computed once and kept. Here z_i has unit
-    norm; priors and decoder are shown z_i whitened, each axis divided by its spread (CLIP.whiten).
+    norm. Priors and decoder are shown it whitened (CLIP.whiten): centred, and each axis divided by
+    its spread, since they would hardly learn its small axes otherwise.
     """
 
     def __init__(self, clip, decoder=None, prior=None, ar_prior=None, upsampler=None):
@@ -58,10 +59,10 @@ class UnCLIP:
     def generate(self, captions, n=4, seed=0, prior="diffusion", upsample=True, batch=BATCH, **how):
         """n pictures of each caption (a string, or several) → (captions·n, 3, H, W), in order.
 
-        prior: "diffusion" or "ar"; "text" gives the decoder z_t in place of z_i, "none" the caption
-        alone (sec. 5.1 compares them). how: guidance (1 = none), steps and eta of the decoder.
-        Guiding the decoder makes a picture fit better. z_i is drawn before, so the pictures of one
-        caption stay as different as their z_i are (sec. 5.3).
+        prior: "diffusion" or "ar"; "text" gives the decoder z_t's main axes in place of z_i, "none"
+        the caption alone (sec. 5.1 compares them). how: guidance (1 = none), steps and eta of the
+        decoder. Guidance makes a picture fit its caption and z_i better. z_i is drawn before, so
+        the pictures of one caption stay as different as their z_i are (sec. 5.3).
         Raises ValueError if a part is missing, or a caption is empty or too long.
         """
         captions = [captions] if isinstance(captions, str) else captions
@@ -95,8 +96,8 @@ class UnCLIP:
 
         options go to the prior's `sample`. candidates: how many z_i the diffusion prior draws for
         each caption; the one with the largest z_i·z_t is kept. That one fits the caption better, at
-        the price of some variety. The paper draws two. The AR prior needs no choice: a large
-        z_i·z_t is one of its inputs (sec. 2.2).
+        the price of some variety. The paper draws two. The AR prior needs no choice: it is told
+        that z_i·z_t is large (sec. 2.2).
         """
         if prior == "none":
             return None
@@ -141,8 +142,8 @@ class UnCLIP:
         return Noise(seed, rows, (3, size, size), purpose, self.device)
 
     # ---- Manipulating (sec. 3) ---------------------------------------------------------------
-    # By default nothing is guided here, and nothing is clamped on the way. Otherwise a latent would
-    # not lead back to its picture. The caption is hidden: what a picture shows is in its z_i.
+    # By default nothing is guided here, and nothing is clamped on the way: a latent is to lead back
+    # to its picture. The caption is hidden: what a picture shows is in its z_i.
 
     @torch.no_grad()
     def latent(self, x, steps=50):
