@@ -34,12 +34,10 @@ def refused(call, *words):
     assert "\n" not in line and all(str(word) in line for word in words), line
 
 
-@pytest.mark.parametrize("wrong, words", [
-    (dict(name="dogs"), ["'dogs'", "choose", "shapes"]), (dict(size=4), ["4 pixels", "choose"]),
-    (dict(split="test"), ["'test'", "choose", "validation"]), (dict(limit=0), ["limit of 0"]),
-    (dict(limit=10 ** 12), ["72,000 GB", "choose"])])
-def test_a_wrong_argument_is_named_with_its_value_and_a_remedy(wrong, words):
-    refused(lambda: data.load(**{"name": "shapes", "split": "train", **wrong}), *words)
+def test_a_wrong_argument_is_named_with_its_value_and_a_remedy():
+    refused(lambda: data.load("dogs", "train"), "'dogs'", "choose", "shapes")
+    refused(lambda: data.load("shapes", "train", 4), "4 pixels", "choose")
+    refused(lambda: data.load("shapes", "train", limit=10 ** 12), "72,000 GB", "choose")
 
 
 # ---- Rendered shapes and the cache --------------------------------------------------------------

@@ -137,11 +137,9 @@ def test_the_memory_of_training_is_flat(two_folders, monkeypatch, stage):
 
 TRAIN = [
     ("--steps 0", "1 to"), ("--steps 1.5", "--help"), ("--batch-size 1", "2 to"),
-    ("--stage decoder --batch-size -8", "1 to"), ("--limit 0", "1 to"), ("--lr 0", "1e-12 to 1"),
-    ("--lr nan", "1e-12 to 1"), ("--lr 10000000000", "1e-12 to 1"), ("--seed -1", "0 to"),
-    ("--device abacus", "--device cpu"), ("--device meta", "--device cpu"),
-    ("--stage judge", "decoder"), ("--data faces", "folder"), ("--step 3", "--help"),
-    ("red", "--help"), ("--stage prior --text-only", "--stage decoder"),
+    ("--stage decoder --batch-size -8", "1 to"), ("--limit 0", "1 to"), ("--lr nan", "1e-12 to 1"),
+    ("--seed -1", "0 to"), ("--device abacus", "--device cpu"), ("--device meta", "--device cpu"),
+    ("--data faces", "folder"), ("red", "--help"), ("--stage prior --text-only", "--stage decoder"),
     ("--stage decoder --init nowhere", "no such folder"), ("--init tiny", "--stage"),
     ("--stage decoder --init broken_decoder", "decoder.pt", "train.py"),
     ("--out text.png", "another folder"), ("--out text.png/below", "another folder"),
