@@ -143,9 +143,9 @@ class DecoderConfig:
     sketch_size: int = 16                # pixels a side of the sketch, see Decoder
     sketch_width: int = 1024             # of the MLP that draws it
     sketch_depth: int = 3                # its hidden layers
-    # How often training hides each condition (sec. 2.1), independently, and so both in 5 % of
-    # cases. Guidance needs a network that can draw without both, the manipulations one that can
-    # draw without a caption.
+    # How often training hides each condition (sec. 2.1). They are hidden independently, so in 5 %
+    # of cases both are. Guidance needs a network that can draw without both; the manipulations
+    # need one that can draw without a caption.
     drop_z_i: float = 0.1                # 1: a text-only decoder, like GLIDE
     drop_text: float = 0.5
 

@@ -177,7 +177,7 @@ class ARPrior(nn.Module):
         self.codes, self.dots = Codes(c.components, c.buckets), Codes(1, c.buckets)
         self.token = nn.Embedding(c.vocab, c.width)
         self.z_t = nn.Linear(c.dim, c.width)
-        # The last of `symbol` and of `position` are not read: nothing comes after the last code.
+        # The last row of `symbol` and of `position` is never read: the last code is only a target.
         self.symbol = nn.Parameter(torch.randn(1 + c.components, c.buckets, c.width) * 0.02)
         self.position = nn.Parameter(torch.randn(c.context + 2 + c.components, c.width) * 0.02)
         self.transformer = Transformer(c.width, c.depth)
