@@ -326,13 +326,16 @@ class Renders:
 def render(scenes, size=32, title=None):
     """N scenes → uint8 (N, 3, size, size). Given a title, a progress bar goes to stderr."""
     # A picture is hundreds of small operations. Threads wait for each other at each of them, so
-    # two threads draw no faster than one. Processes do not wait for each other.
+    # two threads draw no faster than one. Processes do not wait for each other. The generator is
+    # not used, but without one the loader would take a number from torch's.
     threads = torch.get_num_threads()
     loader = DataLoader(Renders(scenes, size), batch_size=PORTION, generator=torch.Generator(),
                         num_workers=threads if len(scenes) >= MANY and threads > 1 else 0)
     torch.set_num_threads(1)
     try:
-        return torch.cat(list(tqdm(loader, title, disable=title is None, unit_scale=PORTION)))
+        # Clones: a batch from another process would keep a file open.
+        return torch.cat([some.clone() for some in tqdm(
+            loader, title, disable=title is None, unit_scale=PORTION)])
     finally:
         torch.set_num_threads(threads)
 

@@ -10,7 +10,7 @@ computed once. For each part, a run leaves in runs/<data>
     <part>.pt          its weights: an average over the last steps of training ("EMA")
     <part>.state.pt    all that a stopped run needs; the same command goes on from it
     <part>.csv         its losses
-    <part>.png         pictures to watch
+    <part>.png         pictures to watch; those of a prior need a decoder of the same CLIP
 
 Next chapter: sample.py.
 """
@@ -104,6 +104,8 @@ def train(run):
     model, r, loss_of = build(run, pairs), run.recipe, STAGES[run.stage]
     check_memory(run, model, pairs)
     state = State(run, model)                            # fresh, or as the last run left it
+    if run.clip and run.clip_path.parent != run.folder:
+        run.say(f"no clip.pt in {run.folder}, using {run.clip_path}")
     run.say(f"from step {state.step} to {r.steps}, {r.batch_size} pictures a step, on {run.device}")
     first, saved_at, began = state.step, time.monotonic(), time.monotonic() - state.seconds
     bar = tqdm(desc=run.stage, total=r.steps, initial=first,         # in a file, two lines a minute
@@ -141,18 +143,21 @@ def train(run):
 
 
 def check_memory(run, model, pairs):
-    """Refuse a batch too large for the memory, judged by what 16 pictures keep for the gradient."""
-    kept, g, n = {}, torch.Generator(run.device), run.recipe.batch_size
+    """Refuse a batch too large for the memory, judged by what 16 pictures keep for the gradient, and
+    8 do not."""
+    g, n = torch.Generator(run.device), run.recipe.batch_size
     have = torch.cuda.mem_get_info(run.device)[1] if run.device.type == "cuda" else MEMORY
 
-    def keep(a):
-        kept[a.untyped_storage().data_ptr()] = a.untyped_storage().nbytes()
-        return a
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda a: a), autocast(run.device):
-        loss = STAGES[run.stage](model, pairs.draw(16, g), g)
-    for p in model.parameters():                         # weights are kept once, for any batch
-        kept.pop(p.untyped_storage().data_ptr(), None)
-    need = sum(kept.values()) / 16 * n
+    def kept(pictures):
+        sizes = {}
+
+        def keep(a):
+            sizes[a.untyped_storage().data_ptr()] = a.untyped_storage().nbytes()
+            return a
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda a: a), autocast(run.device):
+            loss = STAGES[run.stage](model, pairs.draw(pictures, g), g)      # holds what is kept
+        return sum(sizes.values())
+    need = (kept(16) - kept(8)) / 8 * n                  # weights are kept once, for any batch
     if need > have:
         raise ValueError(f"--batch-size {n}: needs {need / 1e9:,.1f} GB of memory, and there are "
                          f"{have / 1e9:,.1f}; choose {max(1, int(n * have / need))} or less")
@@ -285,7 +290,7 @@ class Pairs:
             self.tokens, self.z_i, self.z_t = self.embeddings()
         elif tokenizer:
             self.tokens = tokenizer(self.texts, truncate=True).to(device)
-        solids = dataset.labels.get("count", torch.zeros(len(dataset)))
+        solids = dataset.labels.get("count", torch.zeros(len(dataset)))    # 0: not known, so "all"
         self.groups = {name: (solids == k).nonzero()[:64, 0].to(device)
                        for k, name in enumerate(("all", "one", "two")) if (solids == k).any()}
 
@@ -360,7 +365,7 @@ def build(run, pairs):
     """The part before its first step: random, by the seed, or --init's. The AR prior's buckets are
     fitted to these pairs."""
     (kind, config), options = ALL_PARTS[run.part], dict(SIZES[run.args.size][run.stage])
-    if run.stage in ("clip", "decoder"):
+    if run.stage in ("clip", "decoder", "upsampler"):
         options["image_size"] = run.image_size
     if run.stage != "upsampler":
         options |= {"vocab": pairs.tokenizer.vocab, "context": pairs.tokenizer.context}
@@ -370,8 +375,10 @@ def build(run, pairs):
         options |= TEXT_ONLY
     if run.stage == "ar-prior":
         z_i = pairs.z_i.flatten(0, 1)                                        # (views·N, D)
-        options["components"] = run.given.config.components if run.given else \
-            components_needed(run.clip.whiten(z_i).var(0))
+        options |= {"components": components_needed(run.clip.whiten(z_i).var(0)),
+                    "buckets": min(options.get("buckets", config.buckets), len(z_i))}
+        if run.given:
+            options |= {key: getattr(run.given.config, key) for key in ("components", "buckets")}
         run.say(f"writes {options['components']} axes of whitened z_i")
     torch.manual_seed(run.args.seed)
     model = kind(config(**options)).to(run.device, memory_format=torch.channels_last)
@@ -387,9 +394,6 @@ def build(run, pairs):
             raise ValueError(f"--init {run.args.init}: its {run.part} does not fit --size "
                              f"{run.args.size} ({str(error).splitlines()[-1].strip()})") from None
     elif run.stage == "ar-prior":
-        if len(z_i) < model.config.buckets:
-            raise ValueError(f"{len(z_i)} pictures can't fill {model.config.buckets} buckets; give "
-                             f"more, or a larger --limit")
         z_t = pairs.z_t[pairs.text_of[:, 0]].repeat(len(pairs.z_i), 1)
         model.fit(run.clip.whiten(z_i), (z_i * z_t).sum(-1))
     return model.train()
@@ -418,8 +422,9 @@ class Run:
         self.clip = self.decoder = None
         if stage not in ("clip", "upsampler"):
             self.clip = self.load_clip()
+        if stage in ("prior", "ar-prior") and (path := self.find("decoder")):
             with suppress(ValueError, OSError):        # without a decoder that fits: no picture
-                decoder = load_part(self.find("decoder"), self.device)
+                decoder = load_part(path, self.device)
                 check_clip(decoder, self.clip, "")
                 self.decoder = decoder
         if self.given and self.clip:
@@ -449,9 +454,7 @@ class Run:
         path = self.find("clip")
         if path is None:
             raise FileNotFoundError(f"--out {self.folder}: it has no clip.pt; {remedy} makes it")
-        clip = load_part(path, self.device)
-        if path.parent != self.folder:
-            self.say(f"no clip.pt in {self.folder}, using {path}")
+        clip, self.clip_path = load_part(path, self.device), path
         if clip.config.image_size != self.image_size:
             raise ValueError(f"{path}: sees {clip.config.image_size} pixels a side, and --size "
                              f"{self.args.size} has {self.image_size}; {remedy} makes one")
