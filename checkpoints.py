@@ -144,9 +144,14 @@ def missing(part):
                       f"python train.py --stage {part.replace('_', '-')} makes them")
 
 
+def belongs(model, clip):
+    """Was this part trained on the embeddings of this CLIP? An upsampler is of no CLIP."""
+    return isinstance(model, Upsampler) or model.clip_id == clip.clip_id
+
+
 def check_clip(model, clip, path):
     """Refuse a part that was trained on the embeddings of another CLIP."""
-    if model.clip_id not in (clip.clip_id, None):
+    if not belongs(model, clip):
         raise ValueError(f"{path}: belongs to another CLIP ({model.clip_id}, here is "
                          f"{clip.clip_id}); train it again on this one")
 
@@ -163,22 +168,23 @@ def load_parts(folder, device="cpu"):
         raise FileNotFoundError(f"{folder}: no weights in it (clip.pt, decoder.pt, …); "
                                 f"python train.py makes them")
     found = {part: load_part(folder / f"{part}.pt", device) for part in there if part in PARTS}
-    first = found.get(there[0]) or load_part(folder / f"{there[0]}.pt")
+    first = found.get(there[0]) or load_part(folder / f"{there[0]}.pt")    # a text-only decoder
     shipped = SHIPPED / first.trained["data"]
     if "clip" not in found and not (shipped / "clip.pt").exists():
         raise FileNotFoundError(f"{folder}: clip.pt is missing; "
                                 f"copy the one of its parts, or train all: python train.py")
     clip = found.get("clip") or load_part(shipped / "clip.pt", device)
+    side = clip.config.image_size
     for part, model in found.items():
         check_clip(model, clip, folder / f"{part}.pt")
-        if part == "decoder" and model.config.image_size != clip.config.image_size:
-            raise ValueError(f"{folder}: the decoder draws {model.config.image_size} pixels a side,"
-                             f" its CLIP sees {clip.config.image_size}; train the decoder again")
+        if getattr(model.config, "image_size", side) != side:
+            raise ValueError(f"{folder}: the {part} is for {model.config.image_size} pixels a side,"
+                             f" its CLIP sees {side}; train the {part} again")
     for part in PARTS:
         path = shipped / f"{part}.pt"
         if part not in found and path.exists():
             model = clip if part == "clip" else load_part(path, device)
-            if model.clip_id in (clip.clip_id, None):
+            if belongs(model, clip) and getattr(model.config, "image_size", side) == side:
                 found[part] = model
                 say(f"{part}: not in {folder}, using the shipped {path}")
     return found
@@ -219,7 +225,7 @@ def find_device(name):
 
 def check_out(folder):
     """Refuse, before any work, a folder for results that can't be written. Nothing is made."""
-    nearest = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    nearest = next(filter(os.path.lexists, (folder, *folder.parents)), folder)
     try:
         tempfile.TemporaryFile(dir=nearest).close()
     except OSError as error:

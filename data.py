@@ -143,8 +143,8 @@ def fill(images, draw_item, name, bar):
     """Render a block's items into `images`, but for those that the cache holds under `name`.
     draw_item(i): (scene, captions). Returns the captions, as JSON in a tensor, and the labels."""
     scene, captions = draw_item(0)
-    none = {"images": images, "captions": write_json([captions]), **labels_of([scene])}
-    block = name and read_cache(name, none) or {key: x[:0] for key, x in none.items()}
+    like = {"images": images, "captions": write_json([captions]), **labels_of([scene])}
+    block = (name and read_cache(name, like)) or {key: x[:0] for key, x in like.items()}
     kept = block.pop("images")[:len(images)]
     images[:len(kept)] = kept
     bar.update(len(kept))
@@ -287,6 +287,8 @@ def square(image, size):
     image = image.crop((left, top, left + side, top + side))
     if image.mode[0] in "IF":    # 16 bits or more, which Pillow would clip at 255
         grey = np.asarray(image).astype(np.float64)
+        if not np.isfinite(grey).all():
+            raise ValueError("some of its pixels are no finite numbers")
         low, high = (0, 65535) if image.mode.startswith("I;16") else (grey.min(), grey.max())
         image = Image.fromarray((255 * (grey - low) / max(high - low, 1e-9)).astype(np.uint8))
     if image.has_transparency_data:
@@ -417,8 +419,8 @@ def report(title, top, files, captions, N, left_out):
     reasons = ", ".join(f"{n:,} {why}" for why, n in left_out.items() if n)
     line = f"{title}: {N:,} images" + (f" (left out: {reasons})" if reasons else "")
     if not N:
-        raise ValueError(f"--data-dir, {line}: put two or more pictures that have captions into "
-                         f"{top}")
+        raise ValueError(f"--data-dir, {line}: put two or more different pictures that have "
+                         f"captions into {top}")
     print(line, file=sys.stderr)
 
 

@@ -89,12 +89,14 @@ class UNet(nn.Module):
                                   nn.Linear(emb_width, emb_width))
         self.stem = nn.Conv2d(6, channels[0], 3, padding=1)     # x_t and a picture, 3 channels each
         self.down, self.shrink, self.up, self.grow = (nn.ModuleList() for _ in range(4))
-        levels = list(zip(channels, blocks, [context_width if a else None for a in attention]))
-        for k, (C, n, reads) in enumerate(levels):       # reads: the context's width, or None
+        reading = [context_width if a else None for a in attention]     # the context's width
+        levels = list(zip(channels, blocks, reading))
+        for k, (C, n, reads) in enumerate(levels):
             if k > 0:
                 self.shrink.append(nn.Conv2d(channels[k - 1], C, 3, stride=2, padding=1))
             self.down.append(nn.ModuleList(UNetBlock(C, C, emb_width, reads) for _ in range(n)))
-        self.middle = nn.ModuleList([UNetBlock(C, C, emb_width, reads),         # the coarsest level
+        C, _, reads = levels[-1]                                        # the coarsest
+        self.middle = nn.ModuleList([UNetBlock(C, C, emb_width, reads),
                                      UNetBlock(C, C, emb_width, None)])
         for k, (C, n, reads) in reversed(list(enumerate(levels))):
             self.up.append(nn.ModuleList(UNetBlock(2 * C, C, emb_width, reads) for _ in range(n)))
@@ -237,6 +239,7 @@ class Decoder(nn.Module):
 class UpsamplerConfig:
     """What the weights depend on."""
     factor: int = 4                      # 32 to 128; the paper: 64 to 256 to 1,024
+    image_size: int = 32                 # pixels a side of the small pictures in training
     channels: tuple = (16, 48, 96)
     blocks: tuple = (1, 1, 2)
     width: int = 128                     # of the timestep embedding

@@ -155,7 +155,7 @@ class Bench:
         b (M,), both bool, by more than chance explains. Few pictures may leave it open."""
         here = [f"{with_interval(share)} of {len(share)}" for share in (a, b)]
         holds = "yes" if larger(a, b) else "no" if larger(b, a) else "not shown"
-        self.claims.append(f"> {section} | {says} | {', '.join(here)} | {holds}")
+        self.claims.append(f"> {section} | {says} | {', '.join(here)} | {holds}")   # see run()
 
     def strips(self, name, frames, caption):
         """A figure with a row for each of the first six pictures, and a column for each frame."""
@@ -327,7 +327,8 @@ def form_of_solids(bench):
                     "small renders, upsampled": bench.enlarged(bench.renders(captions)),
                     "drawn, by the diffusion prior": drawn}.items():
         decibels, fitted = form(x, pairs, bench.judge, seed=bench.seed)
-        own = decibels if name == "renders" else own
+        if name == "renders":
+            own = decibels
         rows.append({"pictures": name, "of each shape": n,
                      **{f"{shape}s": some for shape, some in zip(SHAPES, decibels.split(n))},
                      "cubes, below renders": (own - decibels)[:n]})
@@ -554,7 +555,7 @@ def upsampler(bench):
 def renders_and_others(bench, N, alone=True):
     """N validation renders, and for each another, whose first solid has neither the colour nor the
     shape: twice (pictures, labels). alone: only renders of one solid."""
-    split = bench.validation(10 * bench.most(200))
+    split = bench.validation(10 * max(10, N))
     pool = ((split.labels["count"] == 1) | (not alone)).nonzero()[:, 0]
     colour, shape = (split.labels[key][pool, 0] for key in ("colour", "shape"))
     fits = (colour[:N, None] != colour) & (shape[:N, None] != shape)             # (N, pool)
@@ -923,7 +924,7 @@ def command(argv):
         "another --out")
     add("--data-dir", help="where cifar10 (default: downloaded), coco or the folder is")
     args = parser.parse_args(argv)
-    for name, least in ("n", 2), ("seed", 0):
+    for name, least in ("n", 3), ("seed", 0):
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise ValueError(f"--{name} {getattr(args, name)}: choose {least} or more")
     check_out(args.out)

@@ -195,7 +195,7 @@ def load_judge(folder, part="judge", device="cpu", data_dir=None):
         pictures, labels = photos.images, photos.labels
     train_judge(judge, pictures, labels, vary, steps)
     save_part(own, part, judge, {"data": dataset, "seed": 0}, half=True)
-    return judge
+    return load_part(own, device, {part: (Judge, JudgeConfig)})      # rounded, as it will be read
 
 
 # ---- Are the asked solids there? -----------------------------------------------------------------
@@ -269,8 +269,8 @@ def entropy(classes, n):
 
 
 def spread(x):
-    """tr Cov of samples x (…, n, D) → (…,), without bias."""
-    return x.var(dim=-2).sum(-1)
+    """tr Cov of samples x (…, n, D) → (…,), without bias; nan for a single one."""
+    return (x - x.mean(dim=-2, keepdim=True)).square().sum((-2, -1)) / (x.shape[-2] - 1)
 
 
 def shares(x):

@@ -47,7 +47,8 @@ class DiffusionPrior(nn.Module):
     """
 
     # The noise schedule was made for pixels in [-1, 1], so z_i is to vary as much as they do: by
-    # 0.5375. Whitened z_i vary by about 1. The paper's z_i have unit norm: 17.2 = 0.5375·√1024.
+    # 0.5375. Whitened z_i vary by about 1. The paper has 17.2 here: 0.5375·√1024, so its z_i seem
+    # to be unit vectors of 1,024 numbers.
     SCALE = 0.5375
 
     def __init__(self, config):
@@ -72,8 +73,9 @@ class DiffusionPrior(nn.Module):
 
     def forward(self, z_i_t, t, z_t, tokens):
         """The network f: z_i_t (B, D) noised, t (B,), z_t (B, D), tokens (B, L) → v (B, D)."""
-        B, L = tokens.shape     # z_t and z_i_t get a factor: their coordinates are then of order 1
+        B, L = tokens.shape
         text = self.token(tokens)                                             # (B, L, width)
+        # z_t and z_i_t get a factor: their coordinates are then of order 1.
         z_t = self.z_t(z_t * self.config.dim ** 0.5)[:, None]                 # (B, 1, width)
         time = self.time(timestep_embedding(t, self.config.width))[:, None]   # (B, 1, width)
         z_i_t = self.z_i(z_i_t / self.SCALE)[:, None]                         # (B, 1, width)

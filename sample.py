@@ -25,7 +25,7 @@ from tqdm import tqdm
 from checkpoints import SHIPPED, Parser, about, check_out, find_device, run_command, say
 from data import load, read_image
 from decoder import Decoder
-from shapes import picture_grid, to_float, to_uint8, write_png
+from shapes import picture_grid, to_float, to_uint8, write_png, write_safely
 from unclip import BATCH, PRIORS, UnCLIP
 
 MOST, IN_GRID = 10_000, 1_000                # pictures of one command, and in its grid.png
@@ -99,7 +99,7 @@ def write(args, drawn):
     """Write OUT/000.png … one by one, then OUT/grid.png; print the paths, and show some."""
     out, total, kept = Path(args.out), args.n * max(1, len(args.prompts)), {}
     for place, picture in tqdm(drawn, total=total, unit=" pictures", leave=False, disable=None):
-        if not kept:                                     # before they may be written over
+        if not kept:                 # the size is known now, and no given file is written over yet
             given = [read_image(file, picture.shape[-1]) for file in args.files]
         write_png(out / f"{place:03d}.png", picture)
         if place < IN_GRID:
@@ -148,8 +148,9 @@ def write_steps(args, unclip):
                         (4 + k * (side + 4), y + 22))
             pen.text((4 + k * (side + 4), y + side + 24), name, "black", font_size=13)
         y += side + 57
-    sheet.save(Path(args.out) / "steps.png")
-    print(Path(args.out) / "steps.png")
+    path = Path(args.out) / "steps.png"
+    write_safely(path, lambda temporary: sheet.save(temporary, format="png"))
+    print(path)
 
 
 # ---- The command ---------------------------------------------------------------------------------
@@ -210,8 +211,8 @@ def understand(args):
 
 def check_numbers(args):
     fewest = 2 if args.interpolate or args.edit else 1
-    most = max(1, MOST // max(1, len(args.prompts)))
-    for key, least, most in (("n", fewest, most), ("seed", 0, math.inf), ("eta", 0, 1),
+    most_n = max(1, MOST // max(1, len(args.prompts)))
+    for key, least, most in (("n", fewest, most_n), ("seed", 0, math.inf), ("eta", 0, 1),
                              ("steps", 2 if args.files else 1, 1000),     # see Diffusion.invert
                              ("guidance", -100, 100)):
         value = getattr(args, key)

@@ -63,9 +63,12 @@ class UnCLIP:
         the caption alone (sec. 5.1 compares them). how: guidance (1 = none), steps and eta of the
         decoder. Guidance makes a picture fit its caption and z_i better. z_i is drawn before, so
         the pictures of one caption stay as different as their z_i are (sec. 5.3).
-        Raises ValueError if a part is missing, or a caption is empty or too long.
+        Raises ValueError if a part is missing, a caption is empty or too long, or there is nothing
+        to draw.
         """
         captions = [captions] if isinstance(captions, str) else captions
+        if not captions or n < 1:
+            raise ValueError(f"{len(captions)} captions, {n} pictures of each: nothing to draw")
         pictures = {}
         for tokens, rows, places in self.batches(captions, n, batch):
             z_i = self.draw_z_i(tokens, seed, rows, prior)                       # p(z_i | y)
@@ -148,8 +151,13 @@ class UnCLIP:
     @torch.no_grad()
     def latent(self, x, steps=50):
         """x (B, 3, H, W), of the decoder's size → z_i (B, D), which is what CLIP sees, and x_T
-        (B, 3, H, W), which holds all the rest, by DDIM inversion."""
-        z_i, decoder = self.clip.encode_image(x), self.part("decoder")
+        (B, 3, H, W), which holds all the rest, by DDIM inversion. Raises ValueError if x is of
+        another size."""
+        decoder = self.part("decoder")
+        if x.shape[-1] != (side := decoder.config.image_size):
+            raise ValueError(f"pictures of {x.shape[-1]} pixels, and the decoder's have {side}: "
+                             f"generate(…, upsample=False) draws such")
+        z_i = self.clip.encode_image(x)
         f = decoder.guided(self.clip.whiten(z_i), None)
         return z_i, decoder.diffusion.invert(f, x, steps)
 

@@ -11,6 +11,7 @@ import torch
 import checkpoints
 from checkpoints import (PARTS, load_part, load_parts, read_torch, run_command, save_part, say,
                          write_torch)
+from clip_tiny import CLIP, CLIPConfig
 from conftest import Surprise, same_bits
 
 
@@ -131,12 +132,16 @@ def test_what_a_folder_lacks_is_taken_from_the_shipped_parts_of_its_clip_and_sai
     copy_of(shipped, tmp_path / "run", "clip", clip_id="new")
     assert load_parts(tmp_path / "run").keys() == {"clip", "upsampler"}   # which needs no CLIP
     assert "decoder" not in capsys.readouterr().err
+    config = {**read_torch(shipped / "clip.pt")["config"], "image_size": 64}
+    weights = CLIP(CLIPConfig(**config)).state_dict()
+    copy_of(shipped, tmp_path / "run", "clip", clip_id="new", config=config, weights=weights)
+    assert load_parts(tmp_path / "run").keys() == {"clip"}     # that upsampler enlarges 32 pixels
 
 
 @pytest.mark.parametrize("part, changes, message", [
     *((part, dict(clip_id="other"), f"{part}.pt: belongs to another CLIP.*other.*tiny")
       for part in ("prior", "ar_prior", "decoder")),
-    ("decoder", dict(image_size=64), "64.*32")])
+    *((part, dict(image_size=64), f"{part} is for 64.*32") for part in ("decoder", "upsampler"))])
 def test_a_part_of_another_clip_or_of_another_size_than_its_clip_sees_is_refused(
         shipped, part, changes, message):
     if "image_size" in changes:

@@ -353,6 +353,8 @@ def test_sixteen_bits_keep_their_gradation_and_no_pixel_changes_at_its_own_size(
     Image.fromarray(np.tile(ramp, (256, 1))).save(tmp_path / "a.png")
     means = data.read_image(tmp_path / "a.png", 16)[0].float().mean(0)
     assert torch.allclose(means, torch.arange(16) * 16 + 7.5, atol=1.5)
+    Image.fromarray(np.full((64, 64), np.nan, np.float32)).save(tmp_path / "a.tif")
+    refused(lambda: data.read_image(tmp_path / "a.tif", 16), "no finite numbers")
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     image = torch.from_numpy(pixels).permute(2, 0, 1)

@@ -66,9 +66,8 @@ def photos(name, split, size=32, limit=None, data_dir=None):
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiment_writes_its_section_and_its_figures(name, evaluated, tmp_path, capsys):
-    n = 3 if name == "priors" else 2                 # of two, the distance of the mean is 0
-    page = evaluated(name, n)
-    assert f"## {name}: " in page and f"--only {name} --seed 0 --n {n}" in page
+    page = evaluated(name, 3)
+    assert f"## {name}: " in page and f"--only {name} --seed 0 --n 3" in page
     assert "minutes on" in page and page[page.index("## "):] in capsys.readouterr().out
     claims = [line[2:] for line in page.splitlines() if line.startswith("> ")]
     assert all(f"| {claim} | {name} |" in page[:page.index("## ")] for claim in claims)
@@ -82,7 +81,7 @@ def test_experiments_work_as_well_where_clip_and_decoder_have_64_pixels(evaluate
     unclip = UnCLIP(**tiny_parts(side=64))
     monkeypatch.setattr(UnCLIP, "load", lambda *_: unclip)
     for name in "clip", "form", "reconstruct":
-        assert f"## {name}: " in evaluated(name, 2)
+        assert f"## {name}: " in evaluated(name, 3)
 
 
 def test_without_a_diffusion_prior_what_needs_it_is_refused_and_the_rest_runs(
@@ -91,7 +90,7 @@ def test_without_a_diffusion_prior_what_needs_it_is_refused_and_the_rest_runs(
     for name in (name for name, part in NEEDS.items() if part == "prior"):
         assert main(["--only", name]) == 2
         assert "--stage prior" in capsys.readouterr().err
-    page = evaluated("accuracy", 2)
+    page = evaluated("accuracy", 3)
     assert "| ar prior |" in page and "diffusion" not in page
 
 

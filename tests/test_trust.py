@@ -171,7 +171,7 @@ SAMPLE = [
     ("x --prior ar --weights no_ar_prior", "--stage ar-prior"),
     ("--vary a.png --weights no_decoder", "--stage decoder"), ("x --out link", "another folder")]
 EVALUATE = [
-    ("--only nothing", "judge"), ("--only cifar10", "choose"), ("--n 1", "2 or more"),
+    ("--only nothing", "judge"), ("--only cifar10", "choose"), ("--n 2", "3 or more"),
     ("--n x", "--help"), ("--seed -1", "0 or more"), ("--device abacus", "cpu"),
     ("--weights broken_clip", "clip.pt", "train.py"), ("--out text.png", "another folder")]
 PROGRAMS = {"train": train, "sample": sample, "evaluate": evaluate}

@@ -68,6 +68,11 @@ def test_pictures_have_the_size_of_the_last_stage_and_noise_of_their_own(model):
     assert x.shape == (1, 3, 128, 128) and -1 <= x.min() and x.max() <= 1
     small = model.generate(PROMPTS[0], n=2, **QUICK)
     assert small.shape == (2, 3, 32, 32) and not torch.allclose(*small, atol=1e-2)
+    for captions, n in ([], 4), ("a red cube", 0):
+        with pytest.raises(ValueError, match="nothing to draw"):
+            model.generate(captions, n)
+    with pytest.raises(ValueError, match="128 pixels.* have 32: .*upsample=False"):
+        model.vary(x)
 
 
 @pytest.mark.parametrize("prior", ["diffusion", "ar", "text", "none"])
