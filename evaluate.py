@@ -150,11 +150,13 @@ class Bench:
         write_png(self.out / f"{name}.png", picture_grid(images, columns))
         self.figures.append((name, caption))
 
-    def claim(self, section, says, a, b):
+    def claim(self, section, says, a, b, reason=""):
         """Note a claim of the paper. It holds if the share of True is larger in a (N,) than in
-        b (M,), both bool, by more than chance explains. Few pictures may leave it open."""
+        b (M,), both bool, by more than chance explains. Few pictures may leave it open. reason: why
+        it may fail here; it is told if it does."""
         here = [f"{with_interval(share)} of {len(share)}" for share in (a, b)]
         holds = "yes" if larger(a, b) else "no" if larger(b, a) else "not shown"
+        holds += f": {reason}" if reason and holds != "yes" else ""
         self.claims.append(f"> {section} | {says} | {', '.join(here)} | {holds}")   # see run()
 
     def strips(self, name, frames, caption):
@@ -243,7 +245,8 @@ def accuracy(bench):
         bench.claim("5.1", f"z_i by the {name} prior draw better than z_t in its place",
                     all_right[f"{name} prior"], z_t)
     bench.claim("5.1", "z_t in place of z_i draws better than the caption alone", z_t,
-                all_right["caption only"])
+                all_right["caption only"], "z_t is unlike any z_i, but for its main axes (there: "
+                f"{with_interval(all_right['z_t, along the main axes'])})")
     return rows
 
 
@@ -272,7 +275,8 @@ def two(bench):
     y = [caption for caption in asked for _ in range(bench.most(8))]
     if len(bench.priors) == 2:
         bench.claim("5.1", "the diffusion prior draws better than the autoregressive prior",
-                    *(all_right[f"{name} prior"] for name in bench.priors))
+                    *(all_right[f"{name} prior"] for name in bench.priors),
+                    f"true z_i give {with_interval(all_right['true z_i of the renders'])}")
     bench.figure("two", bench.draw(y, bench.z_i(y)), bench.most(8), f"Rows: {', '.join(asked)}.")
     return rows
 
@@ -290,10 +294,11 @@ def binding(bench):
     sources = {"renders": bench.encode(bench.renders(captions)),
                **{f"{name} prior": bench.z_i(captions, name) for name in bench.priors}}
     sources |= {"none: text-only decoder": None} if bench.text_only else {}
-    bound = {}
+    bound, shown = {}, []
     for name, z_i in sources.items():
         model = bench.text_only if z_i is None else bench
-        right = compare(captions, bench.judge.read(model.draw(captions, z_i)))
+        shown.append(model.draw(captions, z_i))
+        right = compare(captions, bench.judge.read(shown[-1]))
         bound[name] = right["colour"][right["colour set"]]
         if z_i is not None:
             near, far = ((z_i * bench.z_t(y)).sum(1).cpu() for y in (captions, exchanged))
@@ -306,7 +311,10 @@ def binding(bench):
                          "of these, in their places %": right["colour"][k & right["colour set"]]})
     if bench.text_only:
         bench.claim("7", "colours are bound to solids better without z_i, as in GLIDE",
-                    bound["none: text-only decoder"], bound["diffusion prior"])
+                    bound["none: text-only decoder"], bound["diffusion prior"],
+                    "this CLIP learnt to bind, and a caption alone rarely yields both colours")
+    bench.strips("binding", shown, f"Columns: {', '.join(sources)}. Rows: "
+                 f"{', '.join(captions[:6])}.")
     return rows
 
 

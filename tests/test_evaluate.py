@@ -118,10 +118,10 @@ def test_rows_are_drawn_from_what_they_name(tiny_unclip, weights, monkeypatch):
         assert rows[f"{name} prior, decoder unguided"][2] == {"guidance": 1.0}
 
 
-def test_a_claim_holds_fails_or_is_left_open():
+def test_a_claim_holds_fails_or_is_left_open_and_a_reason_is_told_if_it_does_not_hold():
     bench, yes, no = evaluate.Bench(None, None, None), torch.ones(50) > 0, torch.zeros(50) > 0
-    for a, b, holds in ((yes, no, "yes"), (no, yes, "no"), (yes, yes, "not shown")):
-        bench.claim("3", "more", a, b)
+    for a, b, holds in ((yes, no, "yes"), (no, yes, "no: odd"), (yes, yes, "not shown: odd")):
+        bench.claim("3", "more", a, b, "odd")
         assert bench.claims[-1].endswith(f"| {holds}")
 
 
