@@ -175,16 +175,17 @@ def load_parts(folder, device="cpu"):
                                 f"copy the one of its parts, or train all: python train.py")
     clip = found.get("clip") or load_part(shipped / "clip.pt", device)
     side = clip.config.image_size
+    fits = lambda model: getattr(model.config, "image_size", side) == side       # priors have none
     for part, model in found.items():
         check_clip(model, clip, folder / f"{part}.pt")
-        if getattr(model.config, "image_size", side) != side:
+        if not fits(model):
             raise ValueError(f"{folder}: the {part} is for {model.config.image_size} pixels a side,"
                              f" its CLIP sees {side}; train the {part} again")
     for part in PARTS:
         path = shipped / f"{part}.pt"
         if part not in found and path.exists():
             model = clip if part == "clip" else load_part(path, device)
-            if belongs(model, clip) and getattr(model.config, "image_size", side) == side:
+            if belongs(model, clip) and fits(model):
                 found[part] = model
                 say(f"{part}: not in {folder}, using the shipped {path}")
     return found

@@ -281,7 +281,7 @@ class CLIP(nn.Module):
         with torch.no_grad():                # clamped here: a clamp on the way would stop gradients
             self.logit_scale.clamp_(max=math.log(100))
         z_i, z_t = self.encode_image(x), self.encode_text(tokens)    # (B, D) each
-        with torch.autocast(x.device.type, enabled=False):           # for cosines bf16 is coarse
+        with torch.autocast(x.device.type, enabled=False):           # bf16 is too coarse here
             logits = self.logit_scale.exp() * (z_i @ z_t.T)          # (B, B)
         same = (tokens[:, None] == tokens).all(dim=2).float()        # (B, B)
         target = same / same.sum(dim=1, keepdim=True)
@@ -302,7 +302,7 @@ class CLIP(nn.Module):
         variances, axes = torch.linalg.eigh((z - z.mean(0)).T @ (z - z.mean(0)) / len(z))
         variances, axes = variances.flip(0).clamp(min=0), axes.T.flip(0)
         for projection in (self.image_projection, self.text_projection):
-            projection.weight.copy_(axes @ projection.weight.cpu().double())
+            projection.weight.copy_(axes @ projection.weight.cpu().double())     # TF32 is coarse
         self.mean.copy_(axes @ z.mean(0))
         self.std.copy_((variances + self.LEAST_SHARE * variances.mean() + 1e-9).sqrt())
         self.main.copy_(torch.arange(len(variances)) < components_needed(variances))

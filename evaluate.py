@@ -294,7 +294,7 @@ def binding(bench):
     sources = {"renders": bench.encode(bench.renders(captions)),
                **{f"{name} prior": bench.z_i(captions, name) for name in bench.priors}}
     sources |= {"none: text-only decoder": None} if bench.text_only else {}
-    bound, shown = {}, []
+    bound, told, shown = {}, {}, []
     for name, z_i in sources.items():
         model = bench.text_only if z_i is None else bench
         shown.append(model.draw(captions, z_i))
@@ -302,17 +302,18 @@ def binding(bench):
         bound[name] = right["colour"][right["colour set"]]
         if z_i is not None:
             near, far = ((z_i * bench.z_t(y)).sum(1).cpu() for y in (captions, exchanged))
+            told[name] = near > far
         for words in WORDS_FOR_TWO:
             k = torch.tensor([relation == words for _, relation, _ in asked])
             rows.append({"z_i of": name, "relation": words, "captions": int(k.sum()),
                          **({} if z_i is None else
-                            {"CLIP: closer to its caption %": (near > far)[k]}),
+                            {"CLIP: closer to its caption %": told[name][k]}),
                          "drawn: both colours %": right["colour set"][k],
                          "of these, in their places %": right["colour"][k & right["colour set"]]})
     if bench.text_only:
         bench.claim("7", "colours are bound to solids better without z_i, as in GLIDE",
                     bound["none: text-only decoder"], bound["diffusion prior"],
-                    "this CLIP learnt to bind, and a caption alone rarely yields both colours")
+                    f"this CLIP tells the two captions apart: {with_interval(told['renders'])}")
     bench.strips("binding", shown, f"Columns: {', '.join(sources)}. Rows: "
                  f"{', '.join(captions[:6])}.")
     return rows

@@ -104,7 +104,7 @@ def train(run):
     model, r, loss_of = build(run, pairs), run.recipe, STAGES[run.stage]
     check_memory(run, model, pairs)
     state = State(run, model)                            # fresh, or as the last run left it
-    if run.clip and run.clip_path.parent != run.folder:
+    if run.clip and run.clip_path.parent != run.folder:      # said now: nothing is refused any more
         run.say(f"no clip.pt in {run.folder}, using {run.clip_path}")
     run.say(f"from step {state.step} to {r.steps}, {r.batch_size} pictures a step, on {run.device}")
     first, saved_at, began = state.step, time.monotonic(), time.monotonic() - state.seconds
@@ -143,8 +143,8 @@ def train(run):
 
 
 def check_memory(run, model, pairs):
-    """Refuse a batch too large for the memory, judged by what 16 pictures keep for the gradient, and
-    8 do not."""
+    """Refuse a batch too large for the memory, judged by what 16 pictures keep for the gradient
+    beyond what 8 keep."""
     g, n = torch.Generator(run.device), run.recipe.batch_size
     have = torch.cuda.mem_get_info(run.device)[1] if run.device.type == "cuda" else MEMORY
 
@@ -375,10 +375,11 @@ def build(run, pairs):
         options |= TEXT_ONLY
     if run.stage == "ar-prior":
         z_i = pairs.z_i.flatten(0, 1)                                        # (views·N, D)
-        options |= {"components": components_needed(run.clip.whiten(z_i).var(0)),
-                    "buckets": min(options.get("buckets", config.buckets), len(z_i))}
         if run.given:
             options |= {key: getattr(run.given.config, key) for key in ("components", "buckets")}
+        else:                                        # no more buckets than there are values
+            options |= {"components": components_needed(run.clip.whiten(z_i).var(0)),
+                        "buckets": min(options.get("buckets", config.buckets), len(z_i))}
         run.say(f"writes {options['components']} axes of whitened z_i")
     torch.manual_seed(run.args.seed)
     model = kind(config(**options)).to(run.device, memory_format=torch.channels_last)

@@ -141,6 +141,7 @@ def test_what_a_folder_lacks_is_taken_from_the_shipped_parts_of_its_clip_and_sai
 @pytest.mark.parametrize("part, changes, message", [
     *((part, dict(clip_id="other"), f"{part}.pt: belongs to another CLIP.*other.*tiny")
       for part in ("prior", "ar_prior", "decoder")),
+    ("prior", dict(clip_id=None), "prior.pt: belongs to another CLIP"),
     *((part, dict(image_size=64), f"{part} is for 64.*32") for part in ("decoder", "upsampler"))])
 def test_a_part_of_another_clip_or_of_another_size_than_its_clip_sees_is_refused(
         shipped, part, changes, message):
