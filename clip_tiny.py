@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 # ---- Tokenizer -------------------------------------------------------------------------------
 
-PAD, SOT, EOT = 0, 1, 2    # padding (0: tokens · 0 hides a caption), start and end of text
+PAD, SOT, EOT = 0, 1, 2    # padding (0, so that tokens * 0 is a caption of padding), start, end
 BYTES, MERGES = 3, 259     # ids 3..258 are the 256 bytes; those of merges begin at 259
 
 
@@ -172,7 +172,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
-        for block in self.blocks:          # as in GPT-2: the sum does not grow with depth
+        for block in self.blocks:          # as in GPT-2: small, or x would grow with depth
             for linear in (block.attention.out, block.mlp[2]):
                 nn.init.normal_(linear.weight, std=(2 * depth * width) ** -0.5)
                 nn.init.zeros_(linear.bias)
@@ -208,7 +208,7 @@ class TextEncoder(nn.Module):
 
     def forward(self, tokens):
         """tokens (B, L) → all outputs (B, L, width), and the output at the text's end (B, width).
-        A hidden caption has no end: its first output is taken."""
+        A hidden caption (all padding) has no end: its first output is taken."""
         x = self.token(tokens) + self.position[:tokens.shape[1]]     # (B, L, width)
         x = self.transformer(x, causal_mask(torch.ones_like(tokens[:1], dtype=torch.bool)))
         end = (tokens == EOT).long().argmax(dim=1)
@@ -294,8 +294,9 @@ class CLIP(nn.Module):
         """Turn the space so that its axes are the principal axes of z_i (N, D), largest first.
 
         Both projections turn alike, so no angle changes. The axes serve the AR prior's codes (sec.
-        2.2), Fig. 7, and `whiten`. The main axes, those that `components_needed` keeps, hold nearly
-        all that captions name. Along the others z_t is unlike any z_i.
+        2.2), Fig. 7, and `whiten`. The main axes, the first ones, hold 99 % of the variance
+        (`components_needed`), and nearly all that captions name. Along the others z_t is unlike any
+        z_i.
         Returns the variances along the axes (D,).
         """
         z = z_i.cpu().double()                                       # MPS has no float64
@@ -309,12 +310,12 @@ class CLIP(nn.Module):
         return variances
 
     def whiten(self, z):
-        """z (B, D) → centred, and divided by its spread along each axis: at most unit variance.
+        """z (B, D) → centred, and divided by `std` along each axis: at most unit variance.
 
         differs from the paper: priors and decoder are shown z_i like this. z_i also holds where an
         object is, but along axes of a hundredth of the variance. A network that is shown plain z_i
-        learns these axes only after very long training. Axes with less than LEAST_SHARE of the mean
-        variance are mostly noise: they stay small.
+        learns these axes only after very long training. std² is the variance plus LEAST_SHARE of
+        the mean variance: so axes with less than that, which are mostly noise, stay small.
         """
         return (z - self.mean) / self.std
 

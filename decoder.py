@@ -1,7 +1,7 @@
 """p(x | z_i, y): from an image embedding to pixels (paper, sec. 2.1), and from few pixels to many.
 
-One UNet serves both. It reads x_t and a second picture: the Decoder's own sketch of what z_i says,
-or the small picture that the Upsampler enlarges.
+Decoder and Upsampler each have a UNet of the class below. It reads x_t and a second picture: the
+sketch that the Decoder makes of z_i, or the small picture, which the Upsampler has enlarged.
 CLIP is nowhere in this file. z_i, whitened (CLIP.whiten), and tokens come in as tensors; a hidden
 condition is all zeros. Next chapter: train.py.
 """
@@ -19,7 +19,8 @@ from diffusion import Diffusion, guided, timestep_embedding
 
 
 class ResBlock(nn.Module):
-    """Two convolutions and a shortcut past them; the embedding scales and shifts their middle."""
+    """Two convolutions and a shortcut past them. Between them emb (B, emb_width), which holds the
+    timestep and the conditions, scales and shifts: x (B, c_in, H, W) → (B, c_out, H, W)."""
 
     def __init__(self, c_in, c_out, emb_width):
         super().__init__()
@@ -78,8 +79,8 @@ class UNetBlock(nn.Module):
 class UNet(nn.Module):
     """A small ADM UNet, as in GLIDE: halve the picture level by level, and back, with skips.
 
-    channels: of each level, the finest first; blocks: ResBlocks of each level, one way;
-    attention: for each level, whether it attends (needs context_width).
+    channels: of each level, the finest first. blocks: how many each level has on the way down, and
+    again on the way up. attention: for each level, whether it attends (needs context_width).
     """
 
     def __init__(self, channels, blocks, attention, emb_width, context_width=None):
@@ -156,9 +157,9 @@ class Decoder(nn.Module):
     """Pictures from embeddings (sec. 2.1), and from captions as in GLIDE.
 
     z_i enters the UNet twice: it is added to the timestep embedding, and makes four tokens of
-    context. The caption's own Transformer adds its output at the text's end to the timestep
-    embedding, and all its outputs to the context. z_i is that of the training picture itself: the
-    decoder learns to invert CLIP. A z_i drawn by a prior would belong to another picture.
+    context. The caption is read by the decoder's own Transformer, whose output at the text's end is
+    added to the timestep embedding; all its outputs join the context. In training, z_i is that of
+    the picture itself: the decoder learns to invert CLIP. A prior's z_i is of another picture.
     differs from the paper: the variance of a sampling step is DDPM's, not learnt. And z_i enters in
     a third way: the UNet is shown a sketch, a small estimate of the mean picture E[x | z_i]. This
     mean is the best guess of x_0 from pure noise. The UNet learns it slowly; an MLP learns it soon,
@@ -196,7 +197,7 @@ class Decoder(nn.Module):
 
     def draw_sketch(self, z_i):
         """z_i (B, D) → E[x | z_i] (B, 3, sketch_size, sketch_size)."""
-        return self.sketch(4 * z_i)     # 4: so the MLP learns sooner from small changes of z_i
+        return self.sketch(4 * z_i)     # 4: the MLP then reacts more to z_i, and learns faster
 
     def sketch_error(self, x, z_i):
         """The mean squared error of the sketches of x (B, 3, H, W) by z_i (B, D): a scalar."""
@@ -213,9 +214,9 @@ class Decoder(nn.Module):
         return self.diffusion.loss(f, x, generator) + self.sketch_error(x, z_i)
 
     def guided(self, z_i, tokens, guidance=1.0):
-        """f(x_t, t) for sampler and inversion, guided away from the answer with both hidden.
+        """The f(x_t, t) that Diffusion.sample and .invert follow, guided by the given conditions.
 
-        z_i (B, D) or None; tokens (B, L) or None, but not both. None hides a condition.
+        z_i (B, D), or None to hide it; tokens (B, L), or None to hide them. One must be given.
         """
         given = z_i if z_i is not None else tokens
         z_i = given.new_zeros(len(given), self.config.dim).float() if z_i is None else z_i
@@ -226,7 +227,7 @@ class Decoder(nn.Module):
     def sample(self, z_i, tokens, noise, guidance=1.5, steps=32, eta=1.0, watch=None):
         """z_i (B, D) or None, tokens (B, L) or None → x (B, 3, H, W) in [-1, 1].
 
-        noise(): (B, 3, H, W) standard normal, drawn once, and again at each step if eta > 0.
+        noise(): (B, 3, H, W) standard normal, drawn once, and at each step but the last if eta > 0.
         watch is called at each step (Diffusion.sample).
         """
         f = self.guided(z_i, tokens, guidance)
@@ -275,8 +276,9 @@ class Upsampler(nn.Module):
         return F.interpolate(low, scale_factor=float(self.config.factor), mode="bicubic")
 
     def loss(self, x, low, generator=None):
-        """x (B, 3, S, S) in [-1, 1], full size, and low, the same pictures as the decoder learns
-        them (B, 3, S/factor, S/factor): a scalar, on a crop of each, S/2 a side."""
+        """The weighted error (Diffusion.loss) on a random crop of each picture, S/2 a side: a
+        scalar. x (B, 3, S, S) in [-1, 1]; low (B, 3, S/factor, S/factor), the same pictures in the
+        size in which the decoder learns them."""
         rand = lambda *shape: torch.rand(*shape, device=x.device, generator=generator)
         low = corrupt(low, rand, torch.randn(low.shape, device=x.device, generator=generator))
         x, enlarged = crop(x, self.enlarge(low), x.shape[-1] // 2, self.config.factor, rand)
@@ -303,7 +305,7 @@ def corrupt(low, rand, noise):
 
 
 def blur(x, sigma=0.6):
-    """Gaussian blur of x (B, C, H, W), sigma in pixels, by a kernel of 3×3 (app. C has both)."""
+    """Gaussian blur of x (B, C, H, W), sigma in pixels. This sigma and 3×3 kernel are app. C's."""
     i = torch.arange(-1, 2, device=x.device, dtype=x.dtype)
     g = torch.exp(-(i / sigma) ** 2 / 2)
     kernel = (g[:, None] * g / g.sum() ** 2).expand(x.shape[1], 1, 3, 3)

@@ -27,7 +27,7 @@ def cosine_alphas_bar(T):
     """alphas_bar[0..T] of the cosine schedule (Nichol & Dhariwal 2021), float64; [0] is 1."""
     t = torch.arange(T + 1, dtype=torch.float64) / T
     f = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
-    betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)      # else the last step would destroy everything
+    betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)      # else ᾱ_T is 0, and x_T has no x_0 in it
     return torch.cat([torch.ones(1, dtype=torch.float64), (1 - betas).cumprod(0)])
 
 
@@ -138,7 +138,8 @@ class Diffusion(nn.Module):
 
         The v on the right belongs to the x_t that is sought. So x_t is found by iteration: x_s is
         the first guess, and each right side is a better one. If a round no longer changes x_t, the
-        step is undone exactly; three rounds come close. The usual inversion is one round.
+        step is undone exactly; three rounds come close. The usual inversion is one round. With a
+        single step, δ would be almost 90 degrees, and cos δ almost 0: so it takes two or more.
         """
         if steps < 2:
             raise ValueError(f"{steps} steps invert nothing: choose 2 or more")
@@ -154,13 +155,13 @@ class Diffusion(nn.Module):
 
 
 def guided(f, guidance, conditions):
-    """Classifier-free guidance (sec. 2.1, 2.2): f's answer pushed away from the null's.
+    """Classifier-free guidance (sec. 2.1, 2.2): f's answer is pushed away from the unconditional.
 
     f(*inputs, *conditions): a network. Its inputs are x_t and t, or the AR prior's symbols; inputs
-    and conditions are tensors (B, …). The null hides all conditions: zeros. Returns g(*inputs) =
-    null + guidance·(cond − null): 1 is the plain network, 0 the unconditional. Both halves run as
-    one batch. x_0, eps and v are affine in each other at a fixed x_t, so it does not matter which
-    of them is mixed.
+    and conditions are tensors (B, …). cond is f's answer to the conditions, null its answer where
+    all of them are hidden, which is to say zeros. Returns g(*inputs) = null + guidance·(cond −
+    null): guidance 1 is the plain network, 0 the unconditional. Both answers come from one batch.
+    x_0, eps and v are affine in each other at a fixed x_t, so it does not matter which is mixed.
     """
     if guidance == 1:
         return lambda *inputs: f(*inputs, *conditions)
@@ -176,8 +177,8 @@ def guided(f, guidance, conditions):
 class Noise:
     """Standard normal noise in which every picture has a generator of its own.
 
-    Row i depends on (seed, keys[i], purpose) alone, not on the batch, and is made on the CPU. So a
-    picture comes out the same in any batch and on any device, up to rounding.
+    Picture i's noise depends on (seed, keys[i], purpose) alone, not on the batch, and is made on
+    the CPU. So a picture comes out the same in any batch and on any device, up to rounding.
     """
 
     def __init__(self, seed, keys, shape, purpose="", device="cpu"):

@@ -1,8 +1,9 @@
 """Who says what is right: judges that read pictures, and every measure of evaluate.py.
 
-What unCLIP draws is read by a small convolutional network. It learnt from renders, signs or photos
-alone, and it shares no weight with CLIP: otherwise CLIP would grade its own work. Each measure is a
-function of a few lines, with a case in tests/test_judge.py whose answer is known.
+Small convolutional networks read what unCLIP draws: one reads shapes, one signs, one photos. Each
+learnt from such pictures alone, and shares no weight with CLIP: otherwise CLIP would grade its own
+work. Each measure is a function of a few lines, with a case in tests/test_judge.py whose answer is
+known.
 
 Next chapter: evaluate.py.
 """
@@ -29,7 +30,7 @@ from shapes import (COLOURS, RELATIONS, SHAPES, SIN, SIZES, Scene, Solid, labels
 class JudgeConfig:
     """What the weights depend on."""
     classes: int = 0             # how many classes of photos it tells apart; 0: none
-    letters: int = 0             # how many letters of a sign it reads; 0, and no classes: shapes
+    letters: int = 0             # how many letters of a sign it reads; 0: none. Both 0: shapes
 
 
 class Judge(nn.Module):
@@ -49,11 +50,11 @@ class Judge(nn.Module):
         self.head = nn.Linear(features, sum(map(math.prod, self.heads.values())))
 
     def forward(self, x):
-        """x (B, 3, 32, 32) in [-1, 1] → logits (B, …) of each head, in the shape of the head."""
+        """x (B, 3, 32, 32) in [-1, 1] → the answer (B, …) of each head: positions, or logits."""
         return self.answer(self.body(x))
 
     def answer(self, features):
-        """The last layer alone: the body's features (B, C) → logits, as above."""
+        """The last layer alone: the body's features (B, C) → answers, as above."""
         parts = self.head(features).split([*map(math.prod, self.heads.values())], dim=1)
         return {key: part.unflatten(1, self.heads[key]) for key, part in zip(self.heads, parts)}
 
@@ -176,7 +177,7 @@ JUDGES = {"judge": (JudgeConfig(), "shapes", noisy, 1500),       # on which data
 
 def load_judge(folder, part="judge", device="cpu", data_dir=None):
     """A judge of JUDGES in a folder of weights, or the shipped one, or one that is trained now, in
-    minutes. Raises ValueError or OSError, in one line."""
+    minutes, and kept in that folder. Raises ValueError or OSError, in one line."""
     config, dataset, vary, steps = JUDGES[part]
     own, shipped = Path(folder) / f"{part}.pt", SHIPPED / dataset / f"{part}.pt"
     for path in own, shipped:
@@ -205,9 +206,9 @@ def compare(captions, seen):
     """What of each caption is right in its picture: a dict of bool (N,).
 
     captions name all shapes and colours; seen is the judge's reading of one picture for each.
-    "colour" is true if each solid has its own colour and there is no other solid. "colour set" is
-    true if the colours are there, in whatever place: if the set is right and "colour" is not, the
-    colours are bound to the wrong solids (paper, sec. 7). "shape" and "shape set" likewise.
+    "colour" is true if each solid has the colour that its caption names, and no other solid is
+    there. "colour set" is true if the colours are there, in whatever place: if the set is right and
+    "colour" is not, they are bound to the wrong solids (paper, sec. 7). So are the two of "shape".
     """
     given = [parse_caption(caption) for caption in captions]
     relation = torch.tensor([RELATIONS.index(scene["relation"]) for scene in given])
@@ -314,8 +315,8 @@ def frechet(x, y):
 
 # A scene of one solid is nine numbers: x and y, the centre of its outline; k; yaw; azimuth and
 # height of the light; and r, g, b, the floor's tint. The search begins within AROUND of a first
-# guess, and stays between LOW and HIGH: the tracer can't draw a solid outside the picture, nor a
-# light so high that it looks down into a cone.
+# guess, and stays between LOW and HIGH: the solid is to be in the picture, and the light so low
+# that it does not look down into a cone, for which the tracer has no formula.
 AROUND = torch.tensor([0.08, 0.08, 0.08, math.pi / 4, 1.3, 0.15, 0.05, 0.05, 0.05])
 LOW = torch.tensor([-1, -1, 0.12, -9, -9, 0.6, 0, 0, 0])
 HIGH = torch.tensor([1, 1, 0.7, 9, 9, 1.0, 1, 1, 1])

@@ -46,9 +46,9 @@ class DiffusionPrior(nn.Module):
     a text encoder for the AR prior only, so the paper may do the same.)
     """
 
-    # The noise schedule was made for pixels in [-1, 1], so z_i is to vary as much as they do: by
-    # 0.5375. Whitened z_i vary by about 1. The paper has 17.2 here: 0.5375·√1024, so its z_i seem
-    # to be unit vectors of 1,024 numbers.
+    # The noise schedule was made for pixels in [-1, 1], whose std is about 0.5375. Whitened z_i
+    # have a std of about 1, so this factor gives them the std of pixels. The paper's factor, 17.2,
+    # is 0.5375·√1024: so its z_i seem to be unit vectors of 1,024 numbers, whose std is 1/√1024.
     SCALE = 0.5375
 
     def __init__(self, config):
@@ -101,8 +101,8 @@ class DiffusionPrior(nn.Module):
     def sample(self, z_t, tokens, noise, steps=32, eta=0.0, guidance=1.0):
         """z_t (B, D), tokens (B, L) → z_i (B, D), whitened. noise(): (B, D) standard normal.
 
-        The paper trains it for guidance (sec. 2.2), and then found that guidance hurts (sec. 5.5):
-        it is unguided by default.
+        The paper trained its prior for guidance (sec. 2.2), and then found that guidance hurts
+        (sec. 5.5). So this prior is unguided by default.
         differs from the paper: the paper samples by Analytic-DPM, this code by DDIM. In few steps
         DDPM adds too little noise, so its z_i vary too little. DDIM keeps the variety of x_T.
         """
@@ -225,13 +225,13 @@ class ARPrior(nn.Module):
         mean. generators: one CPU torch.Generator a row.
 
         top_half: the dot is drawn from p(dot | y), cut to the upper half of the training values.
-        temperature: 0 takes the likeliest symbol each time. guidance: by the caption and z_t, of
-        the dot and the codes (sec. 2.2). With top_half False, temperature 1 and guidance 1, z_i
-        follows p(z_i | y).
+        temperature: 0 takes the likeliest symbol each time. guidance: how strongly the caption and
+        z_t guide each symbol, the dot too (sec. 2.2). With top_half False, temperature 1 and
+        guidance 1, z_i follows p(z_i | y).
         differs from the paper: it says "the top half of the distribution", and names no condition.
         Here the dot is drawn given y, since not every caption can be fitted equally well.
-        differs from the paper: it found that guiding the prior hurts (sec. 5.5). Here, unguided,
-        half of the z_i for "a purple cylinder", which training never held, are of blue ones.
+        differs from the paper: it found that guiding the prior hurts (sec. 5.5). Here half of the
+        unguided z_i for "a purple cylinder", a pair that training never held, show a blue one.
         """
         next_logits = guided(lambda symbols, z_t, tokens: self(z_t, tokens, symbols)[:, -1].float(),
                              guidance, (z_t, tokens))
@@ -240,6 +240,7 @@ class ARPrior(nn.Module):
             logits = next_logits(symbols)                                     # (B, buckets)
             if k == 0 and top_half:                                  # buckets are equally full
                 logits[:, :self.config.buckets // 2] = -torch.inf
+            # Gumbel's trick: the argmax below is a draw from softmax(logits / temperature).
             u = torch.stack([torch.rand(self.config.buckets, generator=g) for g in generators])
             gumbel = -torch.log(-torch.log(u.to(logits.device).clamp(1e-20, 1 - 1e-7)))
             drawn = (logits + temperature * gumbel).argmax(dim=1, keepdim=True)

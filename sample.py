@@ -86,7 +86,7 @@ def from_pictures(task, args, unclip, x, x_b=None):
         made = unclip.reconstruct(x, **args.how)
         mse = F.mse_loss(to_uint8(made).float(), to_uint8(x).float())
         say(f"PSNR at {x.shape[-1]} pixels: {10 * torch.log10(255 ** 2 / mse):.1f} dB")
-    # Frames share the upsampler's noise, or they would flicker. Only variations have their own.
+    # The pictures of a series share the upsampler's noise, or it would flicker. Variations do not.
     apart = task == "vary" and args.eta != 0
     for first in range(0, args.n, BATCH):
         some = made[first:first + BATCH]
