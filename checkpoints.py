@@ -3,7 +3,7 @@
 A part of unCLIP is one file, <part>.pt: a plain dict of numbers, strings and tensors, which torch
 reads without running any code in it. Priors and decoder belong to the one CLIP on whose embeddings
 they were trained. Each CLIP has an id: a random number and the step at which it was saved. Each
-copy of its file has the same id, and each part that was trained on it has it as clip_id.
+copy of its file keeps the id, and a part that was trained on this CLIP stores the id as clip_id.
 """
 
 import argparse
@@ -87,17 +87,10 @@ def load_part(path, device="cpu", parts=ALL_PARTS):
     anything that is not a sound checkpoint of that part.
     """
     checkpoint, part = read_torch(path), Path(path).stem
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("format"), int) \
-            or part not in parts:
-        raise ValueError(f"{path}: not a checkpoint of this project; use a file by train.py")
-    if checkpoint["format"] != FORMAT:
-        raise ValueError(f"{path}: has checkpoint format {checkpoint['format']}, this code reads "
-                         f"{FORMAT}; train it again")
-    if checkpoint.get("part") != part:
-        raise ValueError(f"{path}: holds {checkpoint.get('part')!r}, not {part!r}; rename it, or "
-                         f"train the {part} again")
     kind, config = parts[part]
     try:
+        held = checkpoint["format"], checkpoint["part"]
+        assert held == (FORMAT, part), f"its format and part are {held}, not {(FORMAT, part)}"
         model = kind(sound_config(config, checkpoint["config"]))
         model.load_state_dict(sound_weights(checkpoint["weights"]), strict=True)
         model.clip_id, model.trained = checkpoint["clip_id"], checkpoint["trained"]
@@ -106,9 +99,9 @@ def load_part(path, device="cpu", parts=ALL_PARTS):
             "it does not say on what it was trained"
         if part == "clip":
             model.tokenizer = Tokenizer(**checkpoint["tokenizer"])
-            belongs = model.tokenizer.vocab, model.tokenizer.context
-            assert belongs == (model.config.vocab, model.config.context), \
-                f"its tokenizer has {belongs}, its weights have another vocabulary and context"
+            sizes = model.tokenizer.vocab, model.tokenizer.context
+            assert sizes == (model.config.vocab, model.config.context), \
+                f"its tokenizer has {sizes}, its weights have another vocabulary and context"
     except Exception as error:       # whatever a damaged file holds, the answer is the same
         reason = (str(error) or type(error).__name__).splitlines()[-1].strip()
         raise ValueError(f"{path}: its content does not fit this code ({reason}); train it again, "
@@ -138,12 +131,6 @@ def sound_weights(weights):
 
 # ---- Folders -----------------------------------------------------------------------------------
 
-def missing(part):
-    """The error to raise where a part's weights are needed and not there."""
-    return ValueError(f"there are no weights of the {part.replace('_', ' ')}: "
-                      f"python train.py --stage {part.replace('_', '-')} makes them")
-
-
 def belongs(model, clip):
     """Was this part trained on the embeddings of this CLIP? An upsampler is of no CLIP."""
     return isinstance(model, Upsampler) or model.clip_id == clip.clip_id
@@ -160,13 +147,10 @@ def load_parts(folder, device="cpu"):
     """The parts of a folder and, where it lacks one, the shipped part of the same CLIP → {part:
     model}. A line on stderr names each shipped part. Raises ValueError or OSError, in one line."""
     folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder of weights; "
-                                f"python train.py makes runs/shapes")
     there = [part for part in ALL_PARTS if (folder / f"{part}.pt").exists()]
     if not there:
-        raise FileNotFoundError(f"{folder}: no weights in it (clip.pt, decoder.pt, …); "
-                                f"python train.py makes them")
+        raise FileNotFoundError(f"{folder}: no folder with weights (clip.pt, decoder.pt, …); "
+                                f"python train.py makes runs/shapes")
     found = {part: load_part(folder / f"{part}.pt", device) for part in there if part in PARTS}
     first = found.get(there[0]) or load_part(folder / f"{there[0]}.pt")    # a text-only decoder
     shipped = SHIPPED / first.trained["data"]
@@ -195,7 +179,7 @@ def load_parts(folder, device="cpu"):
 # What the command lines of train.py, sample.py and evaluate.py share.
 
 class Parser(argparse.ArgumentParser):
-    """With --device. argparse itself would print its whole usage for an error, and leave."""
+    """It has --device, and raises ValueError where argparse would print its usage and exit."""
 
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, **options)

@@ -174,10 +174,6 @@ def type_train(*argv, steps=2, limit=24):
                                         "--steps", steps, *argv)])
 
 
-def read(path):
-    return torch.load(path, weights_only=True)
-
-
 def log(path):
     """The rows of a log, as dicts."""
     with open(path, newline="") as file:

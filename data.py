@@ -19,7 +19,7 @@ import tarfile
 import unicodedata
 import urllib.request
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing.pool import ThreadPool
@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageDraw, ImageFont
+from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 from shapes import RENDERER_VERSION, item, labels_of, render, write_safely
@@ -57,15 +57,14 @@ DATASETS = ("shapes", "signs", "cifar10", "coco", "folder")
 SPLITS = ("train", "validation")
 
 
-def load(name, split, size=32, limit=None, data_dir=None, seed=0, cache=True):
-    """The data set `name`, one of DATASETS → Dataset.
+def load(name, split, size=32, limit=None, data_dir=None, seed=0):
+    """The data set `name`, one of DATASETS → Dataset. What takes long to make is kept in a cache.
 
     split     "train" or "validation"
     size      height and width of the images, in pixels
     limit     how many images; None: all of them
     data_dir  where the files lie; shapes and signs need none
     seed      of whatever is drawn at random: shapes, signs, or which images a limit keeps
-    cache     keep what took long to make in $UNCLIP_CACHE, or else in ~/.cache/unclip
     Raises ValueError or OSError, one line that says what to do.
     """
     if name not in DATASETS:
@@ -78,14 +77,19 @@ def load(name, split, size=32, limit=None, data_dir=None, seed=0, cache=True):
         raise ValueError(f"a limit of {limit} leaves no images: choose 1 or more")
     make = {"shapes": shapes, "signs": signs, "cifar10": cifar10, "coco": coco,
             "folder": folder}[name]
-    return make(split, size, limit, data_dir, seed, cache)
+    return make(split, size, limit, data_dir, seed)
 
 
 # ---- The cache ----------------------------------------------------------------------------------
 
 
 def cache_folder():
-    return Path(os.environ.get("UNCLIP_CACHE") or Path.home() / ".cache" / "unclip")
+    """$UNCLIP_CACHE, or else ~/.cache/unclip. Raises OSError if there is no home, either."""
+    try:
+        return Path(os.environ.get("UNCLIP_CACHE") or Path.home() / ".cache" / "unclip")
+    except RuntimeError:
+        raise OSError("there is no home folder: set UNCLIP_CACHE to a folder that can be written"
+                      ) from None
 
 
 def read_cache(name, like):
@@ -104,7 +108,7 @@ def write_cache(name, value):
     """Keep the value if that is possible. A full or read-only disk must not end the run."""
     try:
         write_safely(cache_folder() / name, lambda temporary: torch.save(value, temporary))
-    except (OSError, RuntimeError) as error:    # the second: torch on a full disk, no home at all
+    except (OSError, RuntimeError) as error:    # torch raises the second for a full disk
         folder = os.environ.get("UNCLIP_CACHE") or "~/.cache/unclip"
         note(f"can't keep data in {folder} ({type(error).__name__}), going on without it: "
              "set UNCLIP_CACHE to a folder that can be written")
@@ -120,7 +124,7 @@ def note(text):
 BLOCK = 10_000    # pictures in a file of the cache, so that another limit finds them again
 
 
-def shapes(split, size, limit, data_dir, seed, cache):
+def shapes(split, size, limit, data_dir, seed):
     """Rendered shapes: 60,000 to train and 2,000 to validate, or `limit`, which may be more."""
     N, captions, labels = limit or {"train": 60_000, "validation": 2_000}[split], [], []
     try:
@@ -132,7 +136,7 @@ def shapes(split, size, limit, data_dir, seed, cache):
         for first in range(0, N, BLOCK):
             name = f"shapes-v{RENDERER_VERSION}-{split}-{size}px-seed{seed}-from{first}.pt"
             block = fill(images[first:first + BLOCK], lambda i: item(split, first + i, seed),
-                         name if cache else None, bar)
+                         name, bar)
             captions += read_json(block.pop("captions"))
             labels.append(block)
     labels = {key: torch.cat([block[key] for block in labels])[:N] for key in labels[0]}
@@ -144,7 +148,7 @@ def fill(images, draw_item, name, bar):
     draw_item(i): (scene, captions). Returns the captions, as JSON in a tensor, and the labels."""
     scene, captions = draw_item(0)
     like = {"images": images, "captions": write_json([captions]), **labels_of([scene])}
-    block = (name and read_cache(name, like)) or {key: x[:0] for key, x in like.items()}
+    block = read_cache(name, like) or {key: x[:0] for key, x in like.items()}
     kept = block.pop("images")[:len(images)]
     images[:len(kept)] = kept
     bar.update(len(kept))
@@ -157,8 +161,8 @@ def fill(images, draw_item, name, bar):
             bar.update(len(some))
         block = {"captions": write_json(read_json(block["captions"]) + list(captions)),
                  **{key: torch.cat([block[key], v]) for key, v in labels_of(scenes).items()}}
-        if name:                       # a clone, or torch would save all that images is a part of
-            write_cache(name, {"images": images.clone(), **block})
+        # A clone, or torch would save all that `images` is a part of.
+        write_cache(name, {"images": images.clone(), **block})
     return block
 
 
@@ -176,6 +180,7 @@ def read_json(tensor):
 # "A sign that says ..." is what the paper's unCLIP can't draw (sec. 7, Fig. 16).
 
 LETTERS, CONSONANTS, VOWELS = "abcdefghijklmnopqrstuvwxyz", "bcdfghjklmnprstvwz", "aeiou"
+font = lru_cache(ImageFont.load_default)    # of a size, made once
 
 
 def a_word(rng, unseen=False):
@@ -196,27 +201,21 @@ def draw_sign(word, rng, size):
     draw.rectangle([left + 100, top, left + 124, 256], tint(60, 130))     # the post
     draw.rectangle([left, top, left + 223, top + 111], tint(150, 250))
     for k, letter in enumerate(word):                                     # 7 pixels of 32 for each
-        draw.text((left + 28 + 56 * k, top + 56), letter, ink, font(), anchor="mm")
+        draw.text((left + 28 + 56 * k, top + 56), letter, ink, font(88), anchor="mm")
     return square(image, size)
 
 
-@lru_cache
-def font():
-    return ImageFont.load_default(88)
-
-
-def signs(split, size, limit, data_dir, seed, cache):
+def signs(split, size, limit, data_dir, seed):
     """Signs with a word on each: 30,000 to train and 2,000 to validate, or `limit`."""
     N = limit or {"train": 30_000, "validation": 2_000}[split]
     rngs = [random.Random(f"signs/{seed}/{split}/{i}") for i in range(N)]
     words, kept_as = list(map(a_word, rngs)), f"signs-v1-{split}-{size}px-seed{seed}-{N}.pt"
     like = {"images": torch.empty(0, 3, size, size, dtype=torch.uint8)}
-    kept = read_cache(kept_as, like) if cache else None
+    kept = read_cache(kept_as, like)
     if not kept or len(kept["images"]) != N:
         kept = {"images": torch.stack([draw_sign(word, rng, size) for word, rng in zip(
             tqdm(words, f"drawing {split} signs", delay=0.5), rngs)])}
-        if cache:
-            write_cache(kept_as, kept)
+        write_cache(kept_as, kept)
     captions = [[f'a sign that says "{word}"', f'a photo of a sign that says "{word}"']
                 for word in words]
     return Dataset(kept["images"], captions, {"letters": letters_of(words)}, [], flips=False)
@@ -230,10 +229,6 @@ def letters_of(words):
 # ---- Pictures in files --------------------------------------------------------------------------
 
 MAX_PIXELS = 90_000_000    # of a decoded picture: a small file must not fill the memory
-TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
-         4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
-         6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-         8: Image.Transpose.ROTATE_90}    # EXIF's orientation: what makes the picture upright
 
 
 def read_image(path, size):
@@ -273,11 +268,9 @@ def upright(path, size):
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width:,} x {image.height:,} pixels are too many")
         image.load()
-        try:
-            turn = TURNS.get(image.getexif().get(0x0112))
-        except Exception:    # its metadata are broken, but the picture is not
-            turn = None
-        return square(image if turn is None else image.transpose(turn), size)
+        with suppress(Exception):    # its metadata may be broken, and the picture not
+            ImageOps.exif_transpose(image, in_place=True)
+        return square(image, size)
 
 
 def square(image, size):
@@ -315,23 +308,22 @@ def in_srgb(image, profile):
         return image
 
 
-def read_images(files, names, size, title, cache):
+def read_images(files, names, size, title):
     """The pictures files[name] → names of those that can be read, and uint8 (N, 3, size, size).
 
     Kept under the names, lengths and dates of all files, so that a changed picture is noticed. A
-    change of upright() is not: raise the number in the name.
+    change of upright() is not noticed: after one, raise the 2 of "images-v2".
     """
     stats = [(str(files[name]), files[name].stat()) for name in names]
     state = repr([(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats])
     kept_as = f"images-v2-{size}px-{hashlib.sha256(state.encode()).hexdigest()[:20]}.pt"
     made = {"images": torch.zeros(len(names), 3, size, size, dtype=torch.uint8),
             "sound": torch.zeros(len(names), dtype=torch.bool)}
-    kept = read_cache(kept_as, made) if cache else None
+    kept = read_cache(kept_as, made)
     if kept is None or {*map(len, kept.values())} != {len(names)}:
         kept = made
         read_all([files[name] for name in names], title, **kept)
-        if cache:
-            write_cache(kept_as, kept)
+        write_cache(kept_as, kept)
     images, sound = kept["images"], kept["sound"]
     return [name for name, good in zip(names, sound) if good], \
         images if sound.all() else images[sound]
@@ -439,7 +431,7 @@ CIFAR_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".sp
 CIFAR_BATCHES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "validation": ["test_batch"]}
 
 
-def cifar10(split, size, limit, data_dir, seed, cache):
+def cifar10(split, size, limit, data_dir, seed):
     """CIFAR-10: 50,000 images of ten classes to train; its test set, 10,000, to validate.
 
     data_dir  the official archive, the folder it lies in, or cifar-10-batches-py unpacked from it;
@@ -483,8 +475,8 @@ class ArrayUnpickler(pickle.Unpickler):
     known = {("numpy.core.multiarray", "_reconstruct"): make,     # its name in the official archive
              ("numpy._core.multiarray", "_reconstruct"): make,    # and since numpy 2
              ("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype,
-             ("_codecs", "encode"): codecs.encode,                # bytes, as Python 3 writes them,
-             ("__builtin__", "bytes"): bytes}                     # and b"", which it calls for
+             ("_codecs", "encode"): codecs.encode,                # how Python 3 pickles bytes,
+             ("__builtin__", "bytes"): bytes}                     # and b""
 
     def find_class(self, module, name):
         if (module, name) not in self.known:
@@ -521,7 +513,7 @@ def download(url, md5, path):
 # ---- COCO ---------------------------------------------------------------------------------------
 
 
-def coco(split, size, limit, data_dir, seed, cache):
+def coco(split, size, limit, data_dir, seed):
     """COCO 2017, photographs with five captions each: 118,287 to train, 5,000 to validate.
 
     data_dir  holds annotations/captions_{train,val}2017.json, train2017/ and val2017/
@@ -543,7 +535,7 @@ def coco(split, size, limit, data_dir, seed, cache):
                          "take the one in annotations_trainval2017.zip") from None
     files = files_in(top)
     chosen = subset(sorted(files.keys() & captions.keys()), limit, seed)
-    names, images = read_images(files, chosen, size, f"coco {split}", cache)
+    names, images = read_images(files, chosen, size, f"coco {split}")
     report(f"coco {split}", top, files, captions, len(names),
            {"broken": len(chosen) - len(names), "empty captions": empty})
     # Mirrored pictures keep their captions: few say left or right (2 of 500 that we counted).
@@ -553,12 +545,12 @@ def coco(split, size, limit, data_dir, seed, cache):
 # ---- A folder of one's own ----------------------------------------------------------------------
 
 
-def folder(split, size, limit, data_dir, seed, cache):
+def folder(split, size, limit, data_dir, seed):
     """Pictures of one's own: a folder with metadata.jsonl, or with one sub-folder for each class.
 
     data_dir  each line of its metadata.jsonl is {"file_name": "a.jpg", "text": "a caption"}, or
-              "text": [several]. If it holds train/ and one of validation/, val/, test/, these are
-              two such folders. Otherwise about one picture in twenty is kept for validation.
+              "text": [several]. Without one, if it holds train/ and one of validation/, val/,
+              test/, these are two such folders. Else one picture in twenty or so validates.
     """
     tops = halves(given_folder("folder", data_dir))
     files = {top: files_in(top) for top in set(tops.values())}
@@ -568,11 +560,11 @@ def folder(split, size, limit, data_dir, seed, cache):
     top, files, (captions, kinds, empty) = tops[split], files[tops[split]], said[tops[split]]
     names, broken = sorted(files.keys() & captions.keys()), 0
     if len(said) == 1:
-        sound, at_32 = read_images(files, names, 32, "folder, to split it", cache)
+        sound, at_32 = read_images(files, names, 32, "folder, to split it")
         broken = len(names) - len(sound)
         names = [name for name, held in zip(sound, held_out(at_32)) if held == (split != "train")]
     chosen = subset(names, limit, seed)
-    names, images = read_images(files, chosen, size, f"folder {split}", cache)
+    names, images = read_images(files, chosen, size, f"folder {split}")
     how = "metadata.jsonl" if "metadata.jsonl" in files else f"{len(classes)} classes"
     report(f"folder {split}, {how}", top, files, captions, len(names),
            {"broken": broken + len(chosen) - len(names), "empty captions": empty})
@@ -583,7 +575,7 @@ def folder(split, size, limit, data_dir, seed, cache):
 
 
 def halves(root):
-    """{split: its folder}: root for both, unless it has train/ and a folder for validation."""
+    """{split: its folder}: root for both, if it has metadata.jsonl, or lacks one of the two."""
     held = [root / name for name in ("validation", "val", "test") if (root / name).is_dir()]
     if held and (root / "train").is_dir() and not (root / "metadata.jsonl").exists():
         return {"train": root / "train", "validation": held[0]}
@@ -619,11 +611,12 @@ def read_metadata(file):
 
 
 def held_out(images):
-    """Which of N pictures validate? About one in twenty, and at least one.
+    """Which of N pictures are for validation? About one in twenty, and at least one.
 
     A hash of its pixels decides, so a picture stays in its split if it is renamed, or if the folder
-    grows. But if no hash is small enough, the smallest validates; a new picture may replace it.
+    grows. If no hash is small enough, the picture with the smallest is taken; a new one may take
+    its place.
     """
     hashes = [hashlib.md5(image.numpy().tobytes()).hexdigest() for image in images]
     bound = max("0ccc", min(hashes, default=""))    # 0x0ccc is a twentieth of 0xffff
-    return [code <= bound for code in hashes]
+    return [digest <= bound for digest in hashes]

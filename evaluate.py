@@ -84,7 +84,7 @@ class Bench:
         return min(count, self.n or count)
 
     def portions(self, title, f, *columns, size=64):
-        """f(*columns), `size` rows at a time, put together. A column may be None, as f sees it."""
+        """f(*columns), `size` rows at a time, put together. Where a column is None, f gets None."""
         N = max(len(x) for x in columns if x is not None)
         some = lambda i: [x if x is None else x[i:i + size] for x in columns]
         return torch.cat([f(*some(i)) for i in tqdm(range(0, N, size), title, leave=False)])
@@ -178,7 +178,8 @@ def noun(colour, shape):
 def conditions(bench, captions):
     """Yields (what the decoder is given, the pictures that it draws of the captions).
 
-    Renders and the priors' guided pictures are of all captions, the others of the first quarter.
+    Renders, and what the guided decoder draws of the priors' z_i, are of all captions; the others
+    are of the first quarter.
     """
     N, renders = len(captions), bench.renders(captions)
     few = captions[:(N + 3) // 4]
@@ -285,8 +286,8 @@ def binding(bench):
     """Whose colour is it? (Sec. 7, Fig. 14 and 15.)
 
     Captions as "a red cube on top of a blue cube". CLIP: how often is z_i closer to z_t of its
-    caption than to z_t of the caption with the colours exchanged? Drawn from both: of the
-    pictures that hold both colours, how many have them in their places? Chance is 50 %."""
+    caption than to z_t of the caption with the colours exchanged? Drawn, from z_i and caption: of
+    the pictures that hold both colours, how many have them in their places? Chance is 50 %."""
     asked = [(a, relation, b) for a, b in permutations(COLOURS, 2) for relation in WORDS_FOR_TWO]
     asked, rows = asked[:bench.most(len(asked))], []
     captions = [f"{noun(a, 'cube')} {relation} {noun(b, 'cube')}" for a, relation, b in asked]
@@ -351,10 +352,11 @@ def diversity(bench):
 
     "a cube" leaves open its colour, its place and the floor. unCLIP draws z_i, which holds them,
     before guidance acts. The text-only decoder was trained on captions alone (weights/README.md
-    says from what it began), and has guidance alone. Entropy: of the colours of what the judge
-    calls a cube; 1: all are equally frequent. Std: the standard deviation of places and of the
-    floor's tint, as a ratio to renders. Fréchet: the distance, in the judge's features, from four
-    times as many other renders; the first row is what so many pictures can reach. 32 steps."""
+    says from what it began). It has no z_i, so guidance acts on all that it draws. Entropy: of the
+    colours of what the judge calls a cube; 1: all are equally frequent. Std: the standard deviation
+    of places and of the floor's tint, as a ratio to renders. Fréchet: the distance, in the judge's
+    features, from four times as many other renders; the first row is what so many pictures can
+    reach. 32 steps."""
     N, judge, rows, lines, shown, rare = bench.most(256), bench.judge, [], {}, [], {}
     captions = ["a cube"] * N
     data = bench.renders(4 * captions, first=N)
@@ -439,9 +441,9 @@ def steps(bench):
 def clip(bench):
     """Is what it finds true? (App. C.)
 
-    CLIP picks the closest first caption for each validation picture, and the closest picture for
-    each of these captions. True: the caption is true of the scene. Many captions are true of a
-    picture ("a cube", "a photo of a red cube")."""
+    Each validation picture gives one caption, its first. CLIP picks the closest caption for each
+    picture, and the closest picture for each caption. True: the caption is true of the scene. Many
+    captions are true of a picture ("a cube", "a photo of a red cube")."""
     split, rows = bench.validation(bench.most(500)), []
     texts = sorted({captions[0] for captions in split.captions})
     score = (bench.encode(split.images) @ bench.z_t(texts).T).cpu()              # (N, texts)
@@ -934,8 +936,8 @@ def command(argv):
     add("--data-dir", help="where cifar10 (default: downloaded), coco or the folder is")
     args = parser.parse_args(argv)
     for name, least in ("n", 3), ("seed", 0):
-        if getattr(args, name) is not None and getattr(args, name) < least:
-            raise ValueError(f"--{name} {getattr(args, name)}: choose {least} or more")
+        if getattr(args, name) is not None and not least <= getattr(args, name) < 2 ** 64:
+            raise ValueError(f"--{name} {getattr(args, name)}: choose {least} or more, below 2^64")
     check_out(args.out)
     device = find_device(args.device)
     with about("--weights"):
@@ -948,6 +950,8 @@ def command(argv):
     if args.only and args.only not in fit:
         raise ValueError(f"--only {args.only}: {args.weights} learnt from {data}; choose "
                          f"{', '.join(fit) or 'other --weights'}")
+    if not fit:
+        raise ValueError(f"--weights {args.weights}: no experiment fits what is there; train more")
     bench = Bench(unclip, args.weights, args.out, args.seed, args.n, args.data_dir)
     for name in [args.only] if args.only else fit:
         run(name, bench)

@@ -14,7 +14,7 @@ import os
 import random
 import re
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -104,8 +104,8 @@ def sample_scene(rng, given=None):
     """Draw a scene with a random.Random. `given`, as from parse_caption(), fixes some of it.
 
     The rest follows the training set's distribution: colour and shape of a solid are uniform over
-    the pairs that may be seen (if both are given, any pair may), and its size does not depend on
-    them.
+    the pairs that are not UNSEEN (what carries another solid is a cube or a cylinder), and its size
+    does not depend on them. If both are given, they may be an UNSEEN pair.
     """
     given = given or {}
     relation = given.get("relation") or rng.choice(RELATIONS)
@@ -310,26 +310,14 @@ PORTION = 20   # pictures that a process hands over at once
 AMBIENT, DIFFUSE, SHINE = 0.5, 0.62, 0.35
 
 
-class Renders:
-    """Scenes as a torch data set. Each is rendered on demand → uint8 (3, size, size)."""
-
-    def __init__(self, scenes, size):
-        self.scenes, self.size = scenes, size
-
-    def __len__(self):
-        return len(self.scenes)
-
-    def __getitem__(self, i):
-        return to_uint8(trace(self.scenes[i], self.size))
-
-
 def render(scenes, size=32, title=None):
     """N scenes → uint8 (N, 3, size, size). Given a title, a progress bar goes to stderr."""
     # A picture is hundreds of small operations. Threads wait for each other at each of them, so
     # two threads draw no faster than one. Processes do not wait for each other. The generator is
     # not used, but without one the loader would take a number from torch's.
     threads = torch.get_num_threads()
-    loader = DataLoader(Renders(scenes, size), batch_size=PORTION, generator=torch.Generator(),
+    loader = DataLoader(scenes, batch_size=PORTION, collate_fn=partial(traced, size=size),
+                        generator=torch.Generator(),
                         num_workers=threads if len(scenes) >= MANY and threads > 1 else 0)
     torch.set_num_threads(1)
     try:
@@ -340,8 +328,13 @@ def render(scenes, size=32, title=None):
         torch.set_num_threads(threads)
 
 
+def traced(scenes, size):
+    """Scenes → uint8 (N, 3, size, size)."""
+    return torch.stack([to_uint8(trace(scene, size)) for scene in scenes])
+
+
 def in_torch(solid):
-    """What the tracer must know of a solid; its numbers are tensors of one element."""
+    """What the tracer must know of a solid, as tensors of one element. x, y, z: right, up, away."""
     h = HEIGHT[solid.shape]
     A, B, C = {"sphere": (1, -2, 0), "cylinder": (0, 0, -1), "cone": (-1 / h ** 2, 2 / h, -1),
                "cube": (0, 0, 0)}[solid.shape]    # of a round solid, see crossing()
@@ -459,7 +452,7 @@ def trace(scene, size):
     shine = dot(n, halfway).clamp(min=0) / dot(halfway, halfway).sqrt()
     solid = colour * (AMBIENT * (0.9 + 0.2 * n[1]) + DIFFUSE * facing) \
         + SHINE * shine ** 40 * (facing > 0)
-    glow = (AMBIENT + DIFFUSE * facing) / (AMBIENT + DIFFUSE * light[1])       # 1: flat, in light
+    glow = (AMBIENT + DIFFUSE * facing) / (AMBIENT + DIFFUSE * light[1])      # 1: floor in light
     pixels = torch.where(met < 0, floor_seen(scene, solids, p, down, glow), solid).clamp(0, 1)
     return pixels.unflatten(1, (size, SAMPLES, size, SAMPLES)).mean((2, 4)) * 2 - 1
 

@@ -65,7 +65,7 @@ RECIPES = {
              "ar-prior": Recipe(20000, 512, 5e-4, 0.02), "decoder": Recipe(60000, 256, 4e-4),
              "upsampler": Recipe(30000, 16, 4e-4)}}
 
-# What --size changes in the models; everything else keeps its default.
+# What --size changes in the models, besides image_size (Run) and what the data decide (build).
 SIZES = {
     "small": {"clip": {}, "prior": {}, "ar-prior": {}, "decoder": {}, "upsampler": {}},
     "base": {"clip": dict(patch=4, width=256, depth=6, dim=128), "prior": dict(width=256),
@@ -104,7 +104,7 @@ def train(run):
     model, r, loss_of = build(run, pairs), run.recipe, STAGES[run.stage]
     check_memory(run, model, pairs)
     state = State(run, model)                            # fresh, or as the last run left it
-    if run.clip and run.clip_path.parent != run.folder:      # said now: nothing is refused any more
+    if run.clip and run.clip_path.parent != run.folder:      # said once all checks have passed
         run.say(f"no clip.pt in {run.folder}, using {run.clip_path}")
     run.say(f"from step {state.step} to {r.steps}, {r.batch_size} pictures a step, on {run.device}")
     first, saved_at, began = state.step, time.monotonic(), time.monotonic() - state.seconds
@@ -164,7 +164,9 @@ def check_memory(run, model, pairs):
 
 
 def learning_rate(step, recipe):
-    """differs from the paper: a linear warm-up, 2 % of the steps, then half a cosine to zero."""
+    """The rate at a step: a linear warm-up, 2 % of the steps, then half a cosine to zero.
+
+    differs from the paper: it reports no schedule."""
     warm_up = max(1, recipe.steps // 50)
     if step < warm_up:
         return recipe.lr * (step + 1) / warm_up
@@ -278,19 +280,20 @@ class Pairs:
 
     def __init__(self, dataset, tokenizer, clip, device, shift=False, small=None):
         self.tokenizer, self.clip = tokenizer, clip
-        self.shift = shift and dataset.flips     # photographs are few, renders as many as wanted
+        self.shift = shift and dataset.flips     # only photographs flip; they are few, renders not
         self.images, self.flips = dataset.images.to(device), dataset.flips         # (N, 3, H, W)
         self.small = small and small.images.to(device)                     # (N, 3, H/4, W/4)
         self.texts = sorted({y for ys in dataset.captions for y in ys})
         place, most = {y: k for k, y in enumerate(self.texts)}, max(map(len, dataset.captions))
-        self.count = torch.tensor([len(ys) for ys in dataset.captions], device=device)      # (N,)
+        self.how_many = torch.tensor([len(ys) for ys in dataset.captions], device=device)   # (N,)
         self.text_of = torch.tensor([[place[y] for y in ys] + [0] * (most - len(ys))
                                      for ys in dataset.captions], device=device)   # (N, most)
         if clip:                           # (texts, L), (views, N, D), (texts, D)
             self.tokens, self.z_i, self.z_t = self.embeddings()
         elif tokenizer:
             self.tokens = tokenizer(self.texts, truncate=True).to(device)
-        solids = dataset.labels.get("count", torch.zeros(len(dataset)))    # 0: not known, so "all"
+        # For `validate`: the first 64 pictures of one solid, and of two; of any if that is unknown.
+        solids = dataset.labels.get("count", torch.zeros(len(dataset)))
         self.groups = {name: (solids == k).nonzero()[:64, 0].to(device)
                        for k, name in enumerate(("all", "one", "two")) if (solids == k).any()}
 
@@ -299,10 +302,10 @@ class Pairs:
         """Tokens, z_i and z_t of all, from the cache if they lie there. Its file is named by a hash
         of what they are a function of: CLIP with its tokenizer, the pictures and the texts."""
         views, D = [self.images, self.images.flip(3)][:1 + self.flips], self.clip.config.dim
-        code = hashlib.sha256(repr((self.tokenizer.state(), self.texts)).encode())
+        digest = hashlib.sha256(repr((self.tokenizer.state(), self.texts)).encode())
         for tensor in [self.images, *self.clip.state_dict().values()]:
-            code.update(tensor.cpu().contiguous().numpy())
-        name = f"embeddings-v2-{code.hexdigest()[:20]}.pt"
+            digest.update(tensor.cpu().contiguous().numpy())
+        name = f"embeddings-v2-{digest.hexdigest()[:20]}.pt"
         kept = data.read_cache(name, {"tokens": torch.zeros(0, dtype=torch.long),
                                       "z_i": torch.zeros(0, len(self.images), D),
                                       "z_t": torch.zeros(0, D)})
@@ -320,7 +323,7 @@ class Pairs:
         device = self.images.device
         i = torch.randint(len(self.images), (n,), device=device, generator=generator)
         u = torch.rand(2, n, device=device, generator=generator)
-        text = self.text_of[i, (u[0] * self.count[i]).long()]
+        text = self.text_of[i, (u[0] * self.how_many[i]).long()]
         b = self.batch(i, text, ((u[1] < 0.5) & self.flips).long())
         if self.shift:
             b.x = shifted(b.x, generator)
@@ -352,7 +355,7 @@ def embed_images(clip, images):
 
 
 def shifted(x, generator, most=4):
-    """Every picture moved by up to `most` pixels, its border repeated: CLIP's light crops."""
+    """Every picture moved by up to `most` pixels, its border repeated: in place of CLIP's crops."""
     B, _, H, W = x.shape
     dy, dx = torch.randint(-most, most + 1, (2, B, 1), device=x.device, generator=generator)
     rows = (torch.arange(H, device=x.device) + dy).clamp(0, H - 1)
@@ -674,12 +677,6 @@ def rates(device):
     return {name: flop / best(f) / 1e9 for name, (f, flop) in work.items()}
 
 
-def print_row(row, with_head):
-    """A row of a table, a dict, as Markdown on stdout, under its head if it is the first."""
-    for line in [*([row, ["---"] * len(row)] if with_head else []), row.values()]:
-        print(f"| {' | '.join(line)} |", flush=True)
-
-
 # ---- The command ---------------------------------------------------------------------------------
 
 def parse(argv):
@@ -712,7 +709,7 @@ def check(args):
     for name, least, most in (("steps", 1, 10**9), ("batch_size", fewest, 10**6), ("lr", 1e-12, 1),
                               ("limit", 1, 10**9), ("seed", 0, 2**64 - 1)):
         value = getattr(args, name)
-        if value is not None and not least <= value <= most:                 # nor is nan
+        if value is not None and not least <= value <= most:              # true of nan, too
             raise ValueError(f"--{name.replace('_', '-')} {value}: choose {least} to {most}")
     if args.text_only and args.stage != "decoder":
         raise ValueError(f"--text-only: is for --stage decoder, not {args.stage}")
@@ -731,7 +728,10 @@ def command(argv):
         if stage == "upsampler" and args.data == "cifar10":
             say("upsampler: left out, CIFAR-10 has no larger originals")
         elif args.profile:
-            print_row(profile(Run(stage, args)), with_head=stage in ("clip", args.stage))
+            row = profile(Run(stage, args))
+            head = [row, ["---"] * len(row)] if stage in ("clip", args.stage) else []
+            for line in (*head, row.values()):
+                print(f"| {' | '.join(line)} |", flush=True)
         elif not train(Run(stage, args)):
             return 130
 

@@ -19,7 +19,7 @@ from itertools import groupby
 import torch
 import torch.nn.functional as F
 
-from checkpoints import SHIPPED, load_parts, missing
+from checkpoints import SHIPPED, load_parts
 from diffusion import Noise
 
 BATCH = 4                                               # pictures drawn at a time
@@ -31,9 +31,9 @@ class UnCLIP:
 
     Every part but CLIP may be None. All that is random is a function of the seed and of a picture's
     row, its index within its prompt. CLIP is frozen: it is no sub-module of the others, so their
-    training can't change it, and its embeddings can be computed once and kept. Here z_i has unit
-    norm. Priors and decoder are shown it whitened (CLIP.whiten): centred, and each axis divided by
-    its spread, since they would hardly learn its small axes otherwise.
+    training can't change it, and its embeddings can be computed once and kept. In this file z_i has
+    unit norm. Priors and decoder see z_i whitened (CLIP.whiten): centred, and each principal axis
+    divided by its spread. Otherwise they would hardly learn the axes along which z_i varies little.
     """
 
     def __init__(self, clip, decoder=None, prior=None, ar_prior=None, upsampler=None):
@@ -43,14 +43,15 @@ class UnCLIP:
 
     @classmethod
     def load(cls, folder=SHIPPED / "shapes", device="cpu"):
-        """Load the parts in a folder, and the shipped part for each that is missing there, if both
-        belong to the same CLIP. Raises ValueError or OSError, in one line."""
+        """Load the parts in a folder. For a part that is missing there, the shipped one is taken,
+        if it belongs to the same CLIP. Raises ValueError or OSError, in one line."""
         return cls(**load_parts(folder, device))
 
     def part(self, name):
         """A part, or a clear message if its weights are not there."""
         if self.parts[name] is None:
-            raise missing(name)
+            raise ValueError(f"there are no weights of the {name.replace('_', ' ')}: "
+                             f"python train.py --stage {name.replace('_', '-')} makes them")
         return self.parts[name]
 
     # ---- Drawing (sec. 2) ------------------------------------------------------------------
@@ -59,10 +60,11 @@ class UnCLIP:
     def generate(self, captions, n=4, seed=0, prior="diffusion", upsample=True, batch=BATCH, **how):
         """n pictures of each caption (a string, or several) → (captions·n, 3, H, W), in order.
 
-        prior: "diffusion" or "ar"; "text" gives the decoder z_t's main axes in place of z_i, "none"
-        the caption alone (sec. 5.1 compares them). how: guidance (1 = none), steps and eta of the
-        decoder. Guidance makes a picture fit its caption and z_i better. z_i is drawn before, so
-        the pictures of one caption stay as different as their z_i are (sec. 5.3).
+        prior: "diffusion" or "ar" (autoregressive). With "text" the decoder gets z_t in place of
+        z_i, along the main axes, which hold 99 % of z_i's variance; with "none", the caption alone
+        (sec. 5.1 compares them). how: guidance (1 = none), steps and eta of the decoder. Guidance
+        makes a picture fit its caption and z_i better. It does not change z_i, so the pictures of
+        one caption stay as different as their z_i are (sec. 5.3).
         Raises ValueError if a part is missing, a caption is empty or too long, or there is nothing
         to draw.
         """
@@ -78,10 +80,11 @@ class UnCLIP:
         return torch.stack([pictures[place] for place in range(len(captions) * n)])
 
     def batches(self, captions, n, batch):
-        """The work in batches: tokens (batch, L), each picture's row, and its place in the result.
+        """Yields batches: tokens (batch, L), and each picture's row and place in the result.
 
-        Each has `batch` pictures; a shorter one is filled up with copies. Rounding depends on the
-        size of a batch, so a picture would otherwise depend on how many others are drawn.
+        All captions of a batch have L tokens. A batch of fewer than `batch` pictures is filled up
+        with copies. Rounding depends on the shape of a batch, so without both rules a picture would
+        depend on what else is drawn.
         """
         tokens = [self.clip.tokenizer([caption]).to(self.device) for caption in captions]
         work = sorted((tokens[k].shape[1], k, row)
@@ -224,8 +227,8 @@ class UnCLIP:
                      for y in (to, base))
         z_d = (z_t - z_t0) * self.clip.main
         if (z_d.norm(dim=1) < 1e-5).any():                           # what is left is rounding
-            raise ValueError(f'--to "{", ".join(to)}": that is what it is edited from; choose '
-                             f'another')
+            raise ValueError(f'--to "{", ".join(to)}": it means the same as the caption --from; '
+                             f'choose another')
         return F.normalize(z_d, dim=1)
 
 
@@ -237,11 +240,11 @@ def in_batches(n, f, batch=BATCH):
 
 
 def slerp(a, b, t):
-    """Along the great circle from a to b (B, …): t (B,) or a number, 0 is a and 1 is b.
+    """Spherical interpolation of a and b (B, …); t, (B,) or a number, is 0 at a and 1 at b.
 
-    For unit vectors all results are unit vectors, at equal angles. Other tensors (noise) get the
-    same weights, by the angle between their directions. Raises ValueError for opposite vectors,
-    between which no way is the shortest.
+    Unit vectors give unit vectors on the great circle from a to b, and equal steps of t give equal
+    angles. Other tensors (noise) get the same weights, by the angle between their directions.
+    Raises ValueError for opposite vectors, between which no way is the shortest.
     """
     flat_a, flat_b = (F.normalize(v.flatten(1).cpu().double(), dim=1) for v in (a, b))
     omega = (flat_a * flat_b).sum(dim=1).clamp(-1, 1).acos()                     # (B,)

@@ -64,8 +64,7 @@ def test_blocks_of_shapes_serve_any_limit_and_only_what_is_missing_is_rendered(c
         [shapes.item("validation", i, 1)[0] for i in range(2)]))
     data.load("shapes", "train", limit=2, size=8)
     assert len(drawn) == 4    # another split or seed, another size: other files
-    data.load("shapes", "train", limit=1, seed=2, cache=False)
-    assert len(list(cache.iterdir())) == 5    # without a cache nothing is written
+    assert len(list(cache.iterdir())) == 5
 
 
 def test_a_cache_file_that_is_damaged_or_holds_another_thing_is_made_anew(cache):
@@ -94,6 +93,7 @@ def test_a_cache_that_cannot_be_written_is_told_once_and_the_run_goes_on(cache, 
     assert len(data.load("shapes", "train", limit=3)) == 3
     told = [line for line in capfd.readouterr().err.splitlines() if "UNCLIP_CACHE" in line]
     assert len(told) == 2 and str(cache) in told[0]
+    refused(lambda: data.load("cifar10", "train"), "no home", "UNCLIP_CACHE")
 
 
 # ---- Signs --------------------------------------------------------------------------------------
@@ -116,7 +116,7 @@ def test_words_are_two_syllables_and_a_tenth_of_them_is_never_on_a_sign_of_the_d
     seen = {data.a_word(rng) for _ in range(20_000)}
     unseen = {data.a_word(rng, unseen=True) for _ in range(5_000)}           # next to all there are
     assert seen | unseen <= words and not seen & unseen and 0.08 < len(unseen) / len(words) < 0.12
-    sets = [data.load("signs", split, size=8, limit=40, seed=seed, cache=False).captions
+    sets = [data.load("signs", split, size=8, limit=40, seed=seed).captions
             for split, seed in (("train", 0), ("validation", 0), ("train", 1))]
     assert not {text[-1][-5:-1] for texts in sets for text in texts} & unseen
     assert sets[0] != sets[1] and sets[0] != sets[2]
@@ -243,7 +243,7 @@ def both(root, **options):
 
 def test_metadata_gives_captions_and_a_split_that_no_seed_and_no_size_changes(tmp_path):
     root = write_metadata(tmp_path / "mine")
-    for options in ({}, {"seed": 1}, {"cache": False}):
+    for options in ({}, {"seed": 1}):
         sets = both(root, **options)
         numbers = [[int(texts[0].split()[1]) for texts in mine.captions] for mine in sets]
         assert sorted(sum(numbers, [])) == list(range(40)) and 1 <= len(sets[1]) <= 8
@@ -332,7 +332,7 @@ def test_a_picture_is_upright_unless_its_orientation_is_unreadable(tmp_path, mon
     assert image.shape == (3, 16, 16) and image.dtype == torch.uint8 and image.is_contiguous()
     assert image[0, 2, 8] > 200 > 60 > image[2, 2, 8]      # red is above
     assert image[2, 13, 2] > 200 > 60 > image[0, 13, 2]    # blue is below
-    for odd in (lambda self, tag: (3, 3), lambda self, tag: 77, None):
+    for odd in (lambda self, tag, default: (3, 3), lambda self, tag, default: 77, None):
         monkeypatch.setattr(Image.Exif, "get", odd)
         image = data.read_image(path, 16)
         assert image[0, 8, 2] > 200 > 60 > image[2, 8, 2]  # red is on the left, as in the file
@@ -416,4 +416,4 @@ def test_a_damaged_file_of_a_data_set_is_refused(tmp_path, name, write, file, co
     write(tmp_path, 4)
     for content in contents:
         (tmp_path / file).write_bytes(content)
-        refused(lambda: data.load(name, "train", 32, data_dir=tmp_path, cache=False), word)
+        refused(lambda: data.load(name, "train", 32, data_dir=tmp_path), word)

@@ -7,7 +7,8 @@ import torch
 from PIL import ImageColor
 
 import evaluate
-from conftest import ROOT, read, tiny_parts
+from checkpoints import read_torch
+from conftest import ROOT, tiny_parts
 from data import CIFAR_CLASSES, Dataset, class_captions
 from diffusion import Diffusion
 from evaluate import EXPERIMENTS, LINE_COLOURS, NEEDS, line_charts, main, table
@@ -22,7 +23,7 @@ OTHERS = {"spelling": "signs", "cifar10": "cifar10", "overfit": "folder"}
 def weights(tiny_weights, tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluate") / "weights"
     shutil.copytree(tiny_weights, folder)
-    model = read(folder / "decoder.pt")
+    model = read_torch(folder / "decoder.pt")
     torch.save({**model, "part": "text_decoder"}, folder / "text_decoder.pt")
     shutil.copy(ROOT / "weights/shapes/judge.pt", folder)
     return folder

@@ -208,7 +208,7 @@ def test_a_judge_is_trained_once_kept_and_a_wrong_one_refused(part, tmp_path, ti
     for key, value in first.items():                              # it was kept in half precision
         assert torch.allclose(value.float(), second[key].float(), atol=0.05), key
     shutil.copy(tiny_weights / "decoder.pt", tmp_path / f"{part}.pt")
-    with pytest.raises(ValueError, match=f"{part}.pt: holds 'decoder', not '{part}'"):
+    with pytest.raises(ValueError, match=f"{part}.pt: .*'decoder'.*'{part}'"):
         load_judge(tmp_path, part)
 
 

@@ -5,7 +5,6 @@ The weights are tiny and untrained, except in the last test.
 import math
 import os
 import re
-import runpy
 import shlex
 import shutil
 import sys
@@ -18,7 +17,6 @@ from PIL import Image
 
 import sample
 from checkpoints import SHIPPED
-from conftest import ROOT
 from data import read_image
 from shapes import to_float, to_uint8
 from unclip import UnCLIP
@@ -231,16 +229,6 @@ def test_flags_without_a_part_overwritten_inputs_older_pictures_and_unknown_word
 
 
 # ---- The command ------------------------------------------------------------------------------
-
-def test_as_a_program_it_draws_even_where_the_console_lacks_the_characters(type_in, monkeypatch):
-    argv = ["sample.py", "🟥", *"--weights tiny --n 1 --steps 1 --no-upsample --out é".split()]
-    with open("console", "w", encoding="ascii") as console, monkeypatch.context() as patch:
-        patch.setattr(sys, "stderr", console), patch.setattr(sys, "argv", argv)
-        with pytest.raises(SystemExit) as done:
-            runpy.run_path(str(ROOT / "sample.py"), run_name="__main__")
-    assert done.value.code == 0 and len(os.listdir("é")) == 2
-    assert "training never saw" in open("console").read()
-
 
 @pytest.mark.skipif(not (SHIPPED / "shapes" / "decoder.pt").exists(), reason="no shipped weights")
 def test_the_shipped_weights_draw_red_for_a_red_cube(type_in):

@@ -16,8 +16,8 @@ import torch.nn as nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
-from checkpoints import load_part, load_parts, save_part, write_torch
-from conftest import (at_step, bytes_in, interrupt, log, read, same_bits, seeded, shake, tiny_parts,
+from checkpoints import load_part, load_parts, read_torch, save_part, write_torch
+from conftest import (at_step, bytes_in, interrupt, log, same_bits, seeded, shake, tiny_parts,
                       type_train, write_metadata)
 from data import Dataset
 from shapes import to_float
@@ -181,7 +181,7 @@ def test_a_damaged_state_is_refused_in_one_line_and_nothing_is_written(call, mon
     with monkeypatch.context() as patch:
         at_step(patch, 2, interrupt)
         assert call(*argv, steps=3)[0] == 130
-    whole = read(path)
+    whole = read_torch(path)
     for spoil in SPOILT:
         spoil(state := copy.deepcopy(whole))
         torch.save(state, path)
@@ -206,7 +206,7 @@ def test_what_is_no_number_never_overwrites_good_weights(call, copied, monkeypat
     monkeypatch.setattr(train, "SAVE_SECONDS", -1)
     status, err = call("--stage", "prior", "--out", copied, "--restart", steps=6)
     assert status == 2 and all(w in err[-1] for w in ("prior", "step 4", "--lr", "0.001")), err
-    state = read(copied / "prior.state.pt")
+    state = read_torch(copied / "prior.state.pt")
     assert state["step"] == load_part(copied / "prior.pt").trained["steps"] == 3
     assert all(value.isfinite().all() for value in state["model"].values())
 
@@ -252,7 +252,7 @@ def test_a_disk_that_is_full_ends_the_run_in_one_line_and_leaves_the_last_checkp
     at_step(monkeypatch, 3, lambda _: monkeypatch.setattr(train, write, full))
     status, err = call("--stage", "prior", "--out", copied, "--restart", steps=3)
     assert status == 2 and "copied" in err[-1] and re.search("No space|full?", err[-1]), err
-    assert read(copied / "prior.state.pt")["step"] == 2
+    assert read_torch(copied / "prior.state.pt")["step"] == 2
     load_part(copied / "prior.pt")
 
 
@@ -263,7 +263,7 @@ def test_clip_pt_is_the_average_turned_to_the_axes_and_the_ar_prior_s_codes_are_
     run, clip = run_of("clip", "--out", trained, "--steps", 2), load_part(trained / "clip.pt")
     pairs, _ = train.load_pairs(run)
     ema = train.build(run, pairs).eval()
-    ema.load_state_dict(read(trained / "clip.state.pt")["ema"])          # trains on, and not turned
+    ema.load_state_dict(read_torch(trained / "clip.state.pt")["ema"])    # trains on, and not turned
     assert not ema.mean.any()
     ema.fit_axes(train.embed_images(ema, pairs.images))
     for name, value in ema.state_dict().items():
@@ -313,7 +313,7 @@ def test_init_begins_with_given_weights_unless_they_are_of_another_clip(
     assert now.trained["init"]["steps"] == 2
     path, wrong = copied / f"{part(stage)}.pt", {"part": "gan"} if stage == "clip" else \
         {"clip_id": "other"}
-    write_torch(path, {**read(path), **wrong})
+    write_torch(path, {**read_torch(path), **wrong})
     status, err = call(*argv)
     assert status == 2 and ("'gan'" if stage == "clip" else "another CLIP (other") in err[-1], err
 

@@ -17,8 +17,8 @@ import data
 import evaluate
 import sample
 import train
-from checkpoints import load_part
-from conftest import at_step, log, picture, read, same_bits, type_train
+from checkpoints import load_part, read_torch
+from conftest import at_step, log, picture, same_bits, type_train
 from unclip import UnCLIP
 
 pytestmark = pytest.mark.usefixtures("tiny_training")
@@ -33,10 +33,10 @@ def slow(*values):
 
 def assert_same_run(a, b, part):
     """Weights, average, moments, random numbers and log of two runs are the same bits."""
-    states = [read(folder / f"{part}.state.pt") for folder in (a, b)]
+    states = [read_torch(folder / f"{part}.state.pt") for folder in (a, b)]
     for name in ("step", "model", "ema", "optimizer", "generator", "sums"):
         assert same_bits(*(state[name] for state in states)), name
-    assert same_bits(*(read(folder / f"{part}.pt")["weights"] for folder in (a, b)))
+    assert same_bits(*(read_torch(folder / f"{part}.pt")["weights"] for folder in (a, b)))
     logs = [log(folder / f"{part}.csv") for folder in (a, b)]
     assert logs[0] != [] and len({*map(len, logs)}) == 1
     for rows in zip(*logs):
@@ -92,7 +92,7 @@ def test_a_process_killed_at_random_moments_loses_nothing_that_was_saved(two_fol
     state, chance = parts / f"{part}.state.pt", random.Random(stage)
     options = dict(steps=10 * kills)
     in_a_save = done = 0
-    while done < kills and not (done and read(state)["step"] >= options["steps"] - 1):
+    while done < kills and not (done and read_torch(state)["step"] >= options["steps"] - 1):
         before = state.stat().st_mtime_ns if done else 0
         process = multiprocessing.get_context("fork").Process(
             target=run_for_ever, args=("--stage", stage, "--out", parts), kwargs=options)
@@ -105,7 +105,8 @@ def test_a_process_killed_at_random_moments_loses_nothing_that_was_saved(two_fol
         assert process.exitcode == -signal.SIGKILL
         load_part(parts / f"{part}.pt")                                  # is whole at any time
         in_a_save, done = in_a_save + any(parts.glob("*.tmp")), done + 1
-    print(f"{stage}: {done} kills, {in_a_save} of them in a save, up to step {read(state)['step']}")
+    step = read_torch(state)["step"]
+    print(f"{stage}: {done} kills, {in_a_save} of them in a save, up to step {step}")
     for folder in two_folders:
         assert type_train("--stage", stage, "--out", folder, *["--restart"] * (folder == whole),
                           **options) == 0
@@ -172,6 +173,7 @@ SAMPLE = [
     ("--vary a.png --weights no_decoder", "--stage decoder"), ("x --out link", "another folder")]
 EVALUATE = [
     ("--only nothing", "judge"), ("--only cifar10", "choose"), ("--n 2", "3 or more"),
+    (f"--seed {2 ** 64}", "below"),
     ("--n x", "--help"), ("--seed -1", "0 or more"), ("--device abacus", "cpu"),
     ("--weights broken_clip", "clip.pt", "train.py"), ("--out text.png", "another folder")]
 PROGRAMS = {"train": train, "sample": sample, "evaluate": evaluate}
