@@ -213,14 +213,14 @@ class Decoder(nn.Module):
         f = lambda x_t, t: self(x_t, t, z_i, tokens)
         return self.diffusion.loss(f, x, generator) + self.sketch_error(x, z_i)
 
-    def guided(self, z_i, tokens, guidance=1.0):
-        """The f(x_t, t) that Diffusion.sample and .invert follow, guided by the given conditions.
+    def given(self, z_i, tokens, guidance=1.0):
+        """The f(x_t, t) that Diffusion.sample and .invert follow, given these conditions.
 
         z_i (B, D), or None to hide it; tokens (B, L), or None to hide them. One must be given.
         """
-        given = z_i if z_i is not None else tokens
-        z_i = given.new_zeros(len(given), self.config.dim).float() if z_i is None else z_i
-        tokens = given.new_full((len(given), 1), PAD).long() if tokens is None else tokens
+        one = z_i if z_i is not None else tokens
+        z_i = one.new_zeros(len(one), self.config.dim).float() if z_i is None else z_i
+        tokens = one.new_full((len(one), 1), PAD).long() if tokens is None else tokens
         return guided(self, guidance, (z_i, tokens))
 
     @torch.no_grad()
@@ -230,7 +230,7 @@ class Decoder(nn.Module):
         noise(): (B, 3, H, W) standard normal, drawn once, and at each step but the last if eta > 0.
         watch is called at each step (Diffusion.sample).
         """
-        f = self.guided(z_i, tokens, guidance)
+        f = self.given(z_i, tokens, guidance)
         return self.diffusion.sample(f, noise(), steps, eta, noise, clamp=True, watch=watch)
 
 

@@ -388,15 +388,15 @@ def crossing(s, o, d):
 def normal_at(s, p):
     """Unit vectors out of the solid, (3, M), at M points of its surface."""
     x, y, z = point_in(s, p)
+    top = y > s.h - 1e-3
     if s.cube:
         wide = x.abs() > z.abs()
-        x, up, z = x.sign() * wide, 0 * y, z.sign() * ~wide
+        x, y, z = x.sign() * wide, 0 * y, z.sign() * ~wide
     else:
-        up = s.A * y + s.B / 2
-    top = y > s.h - 1e-3
-    x, up, z = x * ~top, torch.where(top, 1.0, up), z * ~top
-    n = torch.stack([s.cos * x - s.sin * z, up, s.cos * z + s.sin * x])
-    return n / ((x * x + up * up + z * z).sqrt() + 1e-9)
+        y = s.A * y + s.B / 2
+    x, y, z = x * ~top, torch.where(top, 1.0, y), z * ~top
+    n = torch.stack([s.cos * x - s.sin * z, y, s.cos * z + s.sin * x])
+    return n / ((x * x + y * y + z * z).sqrt() + 1e-9)
 
 
 @lru_cache

@@ -161,7 +161,7 @@ class UnCLIP:
             raise ValueError(f"pictures of {x.shape[-1]} pixels, and the decoder's have {side}: "
                              f"generate(…, upsample=False) draws such")
         z_i = self.clip.encode_image(x)
-        f = decoder.guided(self.clip.whiten(z_i), None)
+        f = decoder.given(self.clip.whiten(z_i), None)
         return z_i, decoder.diffusion.invert(f, x, steps)
 
     @torch.no_grad()
@@ -174,7 +174,7 @@ class UnCLIP:
         decoder, z_i = self.part("decoder"), self.clip.whiten(z_i)
 
         def some(i):
-            f = decoder.guided(z_i[i], None, guidance)
+            f = decoder.given(z_i[i], None, guidance)
             return decoder.diffusion.sample(f, x_T[i], steps, eta, noise and noise.select(i))
         return in_batches(len(z_i), some).clamp(-1, 1)
 

@@ -104,11 +104,11 @@ def test_guidance_is_the_null_plus_s_times_the_difference_and_none_is_the_null()
     model, t = shake(decoder()), torch.tensor([300])
     null, cond = ask(model, z_i=0 * Z_I, tokens=0 * TOKENS[:1]), ask(model)
     for s in (0.0, 1.0, 2.5):
-        answer = model.guided(Z_I, TOKENS[:1], s)(X_T, t)
+        answer = model.given(Z_I, TOKENS[:1], s)(X_T, t)
         assert torch.allclose(answer, null + s * (cond - null), atol=1e-5)
     no_z_i, no_text = ask(model, z_i=0 * Z_I), ask(model, tokens=0 * TOKENS[:1])
-    assert torch.allclose(model.guided(None, TOKENS[:1])(X_T, t), no_z_i, atol=1e-6)
-    assert torch.allclose(model.guided(Z_I, None)(X_T, t), no_text, atol=1e-6)
+    assert torch.allclose(model.given(None, TOKENS[:1])(X_T, t), no_z_i, atol=1e-6)
+    assert torch.allclose(model.given(Z_I, None)(X_T, t), no_text, atol=1e-6)
 
 
 # ---- Learning ------------------------------------------------------------------------------------

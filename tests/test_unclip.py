@@ -173,7 +173,7 @@ class ToyDecoder:
     def __init__(self):
         self.asked = []
 
-    def guided(self, z_i, tokens, guidance=1.0):
+    def given(self, z_i, tokens, guidance=1.0):
         assert tokens is None and guidance == 1.0
         z_i = (z_i + 1) / 2
         self.asked.append(z_i)
