@@ -550,7 +550,7 @@ def folder(split, size, limit, data_dir, seed):
 
     data_dir  each line of its metadata.jsonl is {"file_name": "a.jpg", "text": "a caption"}, or
               "text": [several]. Without one, if it holds train/ and one of validation/, val/,
-              test/, these are two such folders. Else one picture in twenty or so validates.
+              test/, these are two such folders. Else about one picture in twenty is held out.
     """
     tops = halves(given_folder("folder", data_dir))
     files = {top: files_in(top) for top in set(tops.values())}
@@ -575,7 +575,8 @@ def folder(split, size, limit, data_dir, seed):
 
 
 def halves(root):
-    """{split: its folder}: root for both, if it has metadata.jsonl, or lacks one of the two."""
+    """{split: its folder}: train/, and validation/, val/ or test/; or root for both, if one of the
+    two is missing, or if root has a metadata.jsonl."""
     held = [root / name for name in ("validation", "val", "test") if (root / name).is_dir()]
     if held and (root / "train").is_dir() and not (root / "metadata.jsonl").exists():
         return {"train": root / "train", "validation": held[0]}

@@ -353,10 +353,9 @@ def diversity(bench):
     "a cube" leaves open its colour, its place and the floor. unCLIP draws z_i, which holds them,
     before guidance acts. The text-only decoder was trained on captions alone (weights/README.md
     says from what it began). It has no z_i, so guidance acts on all that it draws. Entropy: of the
-    colours of what the judge calls a cube; 1: all are equally frequent. Std: the standard deviation
-    of places and of the floor's tint, as a ratio to renders. Fréchet: the distance, in the judge's
-    features, from four times as many other renders; the first row is what so many pictures can
-    reach. 32 steps."""
+    colours of what the judge calls a cube; 1: all are equally frequent. Std: of places and of the
+    floor's tint, as a ratio to renders. Fréchet: the distance, in the judge's features, from four
+    times as many other renders; the first row is what so many pictures can reach. 32 steps."""
     N, judge, rows, lines, shown, rare = bench.most(256), bench.judge, [], {}, [], {}
     captions = ["a cube"] * N
     data = bench.renders(4 * captions, first=N)

@@ -208,7 +208,7 @@ def compare(captions, seen):
     captions name all shapes and colours; seen is the judge's reading of one picture for each.
     "colour" is true if each solid has the colour that its caption names, and no other solid is
     there. "colour set" is true if the colours are there, in whatever place: if the set is right and
-    "colour" is not, they are bound to the wrong solids (paper, sec. 7). So are the two of "shape".
+    "colour" is not, they are bound to the wrong solids (paper, sec. 7). Likewise "shape".
     """
     given = [parse_caption(caption) for caption in captions]
     relation = torch.tensor([RELATIONS.index(scene["relation"]) for scene in given])

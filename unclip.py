@@ -227,8 +227,8 @@ class UnCLIP:
                      for y in (to, base))
         z_d = (z_t - z_t0) * self.clip.main
         if (z_d.norm(dim=1) < 1e-5).any():                           # what is left is rounding
-            raise ValueError(f'--to "{", ".join(to)}": it means the same as the caption --from; '
-                             f'choose another')
+            raise ValueError(f'--to "{", ".join(to)}": means the same as the caption that it is '
+                             f'edited from; choose another')
         return F.normalize(z_d, dim=1)
 
 
