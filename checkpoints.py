@@ -132,7 +132,7 @@ def sound_weights(weights):
 # ---- Folders -----------------------------------------------------------------------------------
 
 def belongs(model, clip):
-    """Was this part trained on the embeddings of this CLIP? An upsampler is of no CLIP."""
+    """Was this part trained on the embeddings of this CLIP? An upsampler belongs to no CLIP."""
     return isinstance(model, Upsampler) or model.clip_id == clip.clip_id
 
 
@@ -152,7 +152,7 @@ def load_parts(folder, device="cpu"):
         raise FileNotFoundError(f"{folder}: no folder with weights (clip.pt, decoder.pt, …); "
                                 f"python train.py makes runs/shapes")
     found = {part: load_part(folder / f"{part}.pt", device) for part in there if part in PARTS}
-    first = found.get(there[0]) or load_part(folder / f"{there[0]}.pt")    # a text-only decoder
+    first = found.get(there[0]) or load_part(folder / f"{there[0]}.pt")    # text_decoder.pt alone
     shipped = SHIPPED / first.trained["data"]
     if "clip" not in found and not (shipped / "clip.pt").exists():
         raise FileNotFoundError(f"{folder}: clip.pt is missing; "

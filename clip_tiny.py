@@ -22,7 +22,7 @@ import torch.nn.functional as F
 # ---- Tokenizer -------------------------------------------------------------------------------
 
 PAD, SOT, EOT = 0, 1, 2    # padding (0, so that tokens * 0 is a caption of padding), start, end
-BYTES, MERGES = 3, 259     # ids 3..258 are the 256 bytes; those of merges begin at 259
+FIRST_BYTE, FIRST_MERGE = 3, 259       # ids 3..258 are the 256 bytes; from 259 on, merges
 
 
 class Tokenizer:
@@ -36,7 +36,7 @@ class Tokenizer:
     def __init__(self, merges, words, context):
         self.merges, self.words, self.context = [tuple(m) for m in merges], set(words), context
         self.rank = {pair: k for k, pair in enumerate(self.merges)}
-        self.vocab = MERGES + len(self.merges)
+        self.vocab = FIRST_MERGE + len(self.merges)
         self.spell = lru_cache(100_000)(self._spell)
 
     @classmethod
@@ -45,10 +45,10 @@ class Tokenizer:
         counts = Counter(piece for caption in captions for piece in pieces(caption))
         words = {piece.strip() for piece in counts}
         # The 10,000 most frequent pieces are enough to learn from, and keep this loop short.
-        spelt = [([BYTES + b for b in piece.encode(errors="replace")], n)
+        spelt = [([FIRST_BYTE + b for b in piece.encode(errors="replace")], n)
                  for piece, n in counts.most_common(10_000)]
         merges = []
-        while MERGES + len(merges) < vocab:
+        while FIRST_MERGE + len(merges) < vocab:
             pairs = Counter()
             for ids, n in spelt:
                 for pair in zip(ids, ids[1:]):
@@ -56,18 +56,18 @@ class Tokenizer:
             best = min(pairs, key=lambda pair: (-pairs[pair], pair), default=None)
             if best is None or pairs[best] < 2:
                 break
-            spelt = [(merge(ids, best, MERGES + len(merges)), n) for ids, n in spelt]
+            spelt = [(merge(ids, best, FIRST_MERGE + len(merges)), n) for ids, n in spelt]
             merges.append(best)
         return cls(merges, words, context)
 
     def _spell(self, piece):
         """The token ids of one piece of text: learnt merges are applied, the earliest first."""
-        ids = [BYTES + b for b in piece.encode(errors="replace")]
+        ids = [FIRST_BYTE + b for b in piece.encode(errors="replace")]
         while len(ids) > 1:
             pair = min(zip(ids, ids[1:]), key=lambda pair: self.rank.get(pair, math.inf))
             if pair not in self.rank:
                 break
-            ids = merge(ids, pair, MERGES + self.rank[pair])
+            ids = merge(ids, pair, FIRST_MERGE + self.rank[pair])
         return ids
 
     def __call__(self, texts, truncate=False):
@@ -91,9 +91,9 @@ class Tokenizer:
     def text(self, ids):
         """The text of a sequence of token ids (spaces and case are normalised)."""
         def spelling(i):
-            if i < MERGES:
-                return bytes([i - BYTES]) if i >= BYTES else b""
-            return b"".join(spelling(part) for part in self.merges[i - MERGES])
+            if i < FIRST_MERGE:
+                return bytes([i - FIRST_BYTE]) if i >= FIRST_BYTE else b""
+            return b"".join(spelling(part) for part in self.merges[i - FIRST_MERGE])
         return b"".join(spelling(int(i)) for i in ids).decode(errors="replace").strip()
 
     def unknown_words(self, text):
@@ -278,7 +278,7 @@ class CLIP(nn.Module):
         differs from the paper: captions repeat within a batch here. All pictures of one caption are
         right answers for it, and share the target equally. Else the loss would push them apart.
         """
-        with torch.no_grad():                # clamped here: a clamp on the way would stop gradients
+        with torch.no_grad():      # in place: a clamp in the graph has no gradient at its limit
             self.logit_scale.clamp_(max=math.log(100))
         z_i, z_t = self.encode_image(x), self.encode_text(tokens)    # (B, D) each
         with torch.autocast(x.device.type, enabled=False):           # bf16 is too coarse here
@@ -293,17 +293,17 @@ class CLIP(nn.Module):
     def fit_axes(self, z_i):
         """Turn the space so that its axes are the principal axes of z_i (N, D), largest first.
 
-        Both projections turn alike, so no angle changes. The axes serve the AR prior's codes (sec.
-        2.2), Fig. 7, and `whiten`. The main axes, the first ones, hold 99 % of the variance
-        (`components_needed`), and nearly all that captions name. Along the others z_t is unlike any
-        z_i.
+        Training calls this on each copy that it saves. Both projections turn alike, so no angle
+        changes. The axes serve the AR prior's codes (sec. 2.2), Fig. 7, and `whiten`. The main
+        axes, the first ones, hold 99 % of the variance (`components_needed`), and nearly all that
+        captions name. Along the others z_t is unlike any z_i.
         Returns the variances along the axes (D,).
         """
         z = z_i.cpu().double()                                       # MPS has no float64
         variances, axes = torch.linalg.eigh((z - z.mean(0)).T @ (z - z.mean(0)) / len(z))
         variances, axes = variances.flip(0).clamp(min=0), axes.T.flip(0)
         for projection in (self.image_projection, self.text_projection):
-            projection.weight.copy_(axes @ projection.weight.cpu().double())     # TF32 is coarse
+            projection.weight.copy_(axes @ projection.weight.cpu().double())
         self.mean.copy_(axes @ z.mean(0))
         self.std.copy_((variances + self.LEAST_SHARE * variances.mean() + 1e-9).sqrt())
         self.main.copy_(torch.arange(len(variances)) < components_needed(variances))

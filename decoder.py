@@ -19,8 +19,8 @@ from diffusion import Diffusion, guided, timestep_embedding
 
 
 class ResBlock(nn.Module):
-    """Two convolutions and a shortcut past them. Between them emb (B, emb_width), which holds the
-    timestep and the conditions, scales and shifts: x (B, c_in, H, W) → (B, c_out, H, W)."""
+    """Two convolutions and a shortcut past them: x (B, c_in, H, W) → (B, c_out, H, W). Between the
+    two, emb (B, emb_width), which holds the timestep and the conditions, scales and shifts."""
 
     def __init__(self, c_in, c_out, emb_width):
         super().__init__()
@@ -156,10 +156,11 @@ class DecoderConfig:
 class Decoder(nn.Module):
     """Pictures from embeddings (sec. 2.1), and from captions as in GLIDE.
 
-    z_i enters the UNet twice: it is added to the timestep embedding, and makes four tokens of
-    context. The caption is read by the decoder's own Transformer, whose output at the text's end is
-    added to the timestep embedding; all its outputs join the context. In training, z_i is that of
-    the picture itself: the decoder learns to invert CLIP. A prior's z_i is of another picture.
+    As in the paper, z_i is added to the timestep embedding, and makes four tokens of context. The
+    caption is read by the decoder's own Transformer, whose output at the text's end is added to the
+    timestep embedding; all its outputs join the context. In training, z_i is that of the picture
+    itself: the decoder learns to invert CLIP. In drawing, a prior's z_i takes its place, of which
+    there is no picture yet.
     differs from the paper: the variance of a sampling step is DDPM's, not learnt. And z_i enters in
     a third way: the UNet is shown a sketch, a small estimate of the mean picture E[x | z_i]. This
     mean is the best guess of x_0 from pure noise. The UNet learns it slowly; an MLP learns it soon,
@@ -250,11 +251,10 @@ class Upsampler(nn.Module):
     """A larger picture from a small one (sec. 2.1): convolutions only, no caption, no guidance.
 
     The small picture has decided what is to be seen: the paper found that a caption does not help
-    here. A convolution does the same at every place, whatever the size of the picture (GroupNorm
-    alone looks at all of it). So the upsampler trains on crops of half the side (the paper: a
-    quarter), and draws whole pictures; attention would meet more places than in training. In
-    training the small picture is slightly corrupted, because what the decoder draws is not as clean
-    as a render.
+    here. It trains on crops of half the side (the paper: a quarter), and draws whole pictures. That
+    works because a convolution does the same at every place; attention would meet more places than
+    in training. (GroupNorm alone looks at the whole picture.) In training the small picture is
+    slightly corrupted, because what the decoder draws is not as clean as a render.
     differs from the paper: the UNet's answer is added to the v that belongs to x_0 = the enlarged
     picture. That picture is nearly right, and a network alone would copy it only roughly.
     """
@@ -298,7 +298,7 @@ def corrupt(low, rand, noise):
     noise of a random std of at most 0.03. noise: standard normal, like low. rand(*shape): uniform
     random numbers.
 
-    differs from the paper: its first upsampler only blurs, its second corrupts more than this.
+    differs from the paper: the paper's first upsampler only blurs, its second corrupts more.
     """
     blurred, level = rand(2, len(low), 1, 1, 1)
     return low.lerp(blur(low), blurred) + 0.03 * level * noise

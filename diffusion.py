@@ -27,7 +27,7 @@ def cosine_alphas_bar(T):
     """alphas_bar[0..T] of the cosine schedule (Nichol & Dhariwal 2021), float64; [0] is 1."""
     t = torch.arange(T + 1, dtype=torch.float64) / T
     f = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
-    betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)      # else ᾱ_T is 0, and x_T has no x_0 in it
+    betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)      # as they do; without it ᾱ_T would be 0
     return torch.cat([torch.ones(1, dtype=torch.float64), (1 - betas).cumprod(0)])
 
 
@@ -37,7 +37,7 @@ class Diffusion(nn.Module):
     objective: what the loss compares, "x_0" (sec. 2.2) or "eps" (GLIDE's; sec. 2.1 builds on it).
     differs from the paper: the network always answers v (Salimans & Ho 2022), from which x_0 and
     eps are computed. At low noise x_0 is almost a copy of x_t, and at high noise eps is. A network
-    copies only roughly. If it answers v, the formula in `x_0_and_eps` makes the copy, exactly.
+    copies only roughly. From v, `x_0_and_eps` computes both, and its first term is that copy.
     power: a sampler's times are evenly spaced if it is 1, and denser near 0 if it is more.
     """
 
@@ -72,8 +72,8 @@ class Diffusion(nn.Module):
 
         differs from the paper: the error of eps is the error of x_0 times the signal-to-noise
         ratio. Here this weight stays between 0.1 and 5 (the 5 is min-SNR's, Hang et al. 2023).
-        Without limits, low noise, at which only edges are left to be found, would get most of the
-        weight, and high noise, at which it is decided what stands where, would get almost none.
+        Without limits low noise would get most of the weight, though only edges are left to be
+        found there. High noise, where the layout is decided, would get almost none.
         """
         t = torch.randint(1, self.T + 1, x_0.shape[:1], device=x_0.device, generator=generator)
         eps = torch.randn(x_0.shape, device=x_0.device, generator=generator)
@@ -105,10 +105,10 @@ class Diffusion(nn.Module):
     def sample(self, f, x_T, steps, eta=1.0, noise=None, clamp=False, watch=None):
         """Follow f from the noise x_T (B, …) back to data x_0 (B, …), in 1..T steps.
 
-        eta 1 is DDPM's ancestral sampling, eta 0 is DDIM, which is deterministic (Song et al.
-        2021). noise(): fresh standard normal noise like x_T, needed if eta > 0. clamp: every
-        estimate of x_0 is kept in [-1, 1], where pixels are. watch(t, x_t, x_0) is called at each
-        step.
+        eta 1 draws each x_s from q(x_s | x_t, x_0), which is DDPM's ancestral sampling. eta 0 adds
+        no noise, which is DDIM (Song et al. 2021): x_T decides all. noise(): fresh standard normal
+        noise like x_T, needed if eta > 0. clamp: every estimate of x_0 is kept in [-1, 1], where
+        pixels are. watch(t, x_t, x_0) is called at each step.
         """
         x_t, times = x_T, self.timesteps(steps)
         for t, s in zip(times, times[1:]):                             # from time t to time s < t
@@ -138,8 +138,8 @@ class Diffusion(nn.Module):
 
         The v on the right belongs to the x_t that is sought. So x_t is found by iteration: x_s is
         the first guess, and each right side is a better one. If a round no longer changes x_t, the
-        step is undone exactly; three rounds come close. The usual inversion is one round. With a
-        single step, δ would be almost 90 degrees, and cos δ almost 0: so it takes two or more.
+        step is undone exactly; three rounds come close. The usual inversion does not iterate. With
+        a single step, δ would be almost 90 degrees, and cos δ almost 0: so it takes two or more.
         """
         if steps < 2:
             raise ValueError(f"{steps} steps invert nothing: choose 2 or more")
@@ -177,8 +177,8 @@ def guided(f, guidance, conditions):
 class Noise:
     """Standard normal noise in which every picture has a generator of its own.
 
-    Picture i's noise depends on (seed, keys[i], purpose) alone, not on the batch, and is made on
-    the CPU. So a picture comes out the same in any batch and on any device, up to rounding.
+    Picture i's k-th noise depends on (seed, keys[i], purpose) and k alone, not on the batch, and is
+    made on the CPU. So a picture comes out the same in any batch and on any device, up to rounding.
     """
 
     def __init__(self, seed, keys, shape, purpose="", device="cpu"):

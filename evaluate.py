@@ -46,7 +46,7 @@ from unclip import PRIORS, UnCLIP, slerp
 @dataclass
 class Bench:
     """unCLIP, its judge, and the figures so far. Pictures are uint8 (N, 3, H, W) on the CPU, and
-    each has noise of its own. n caps every count."""
+    each has noise of its own. n caps every count, of captions or of rounds over them."""
     unclip: UnCLIP
     weights: Path
     out: Path
@@ -157,7 +157,7 @@ class Bench:
         here = [f"{with_interval(share)} of {len(share)}" for share in (a, b)]
         holds = "yes" if larger(a, b) else "no" if larger(b, a) else "not shown"
         holds += f": {reason}" if reason and holds != "yes" else ""
-        self.claims.append(f"> {section} | {says} | {', '.join(here)} | {holds}")   # see run()
+        self.claims.append(f"> {section} | {says} | {', '.join(here)} | {holds}")  # for run()
 
     def strips(self, name, frames, caption):
         """A figure with a row for each of the first six pictures, and a column for each frame."""
@@ -277,7 +277,7 @@ def two(bench):
     if len(bench.priors) == 2:
         bench.claim("5.1", "the diffusion prior draws better than the autoregressive prior",
                     *(all_right[f"{name} prior"] for name in bench.priors),
-                    f"true z_i give {with_interval(all_right['true z_i of the renders'])}")
+                    f"even true z_i give {with_interval(all_right['true z_i of the renders'])}")
     bench.figure("two", bench.draw(y, bench.z_i(y)), bench.most(8), f"Rows: {', '.join(asked)}.")
     return rows
 

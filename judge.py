@@ -137,7 +137,7 @@ def train_judge(judge, images, labels, vary, steps, batch_size=128):
 
 
 def noisy(x):
-    """A batch with some noise and other brightness, as the decoder's pictures may have."""
+    """A batch with some noise, and more or less contrast, as the decoder's pictures may have."""
     rand = lambda f: f(len(x), 1, 1, 1, device=x.device)
     return (x + 0.1 * rand(torch.rand) * torch.randn_like(x)) * (1 + 0.05 * rand(torch.randn))
 
@@ -314,7 +314,7 @@ def frechet(x, y):
 # of the asked shape and colour, which one looks most like the picture, and how much does it differ?
 
 # A scene of one solid is nine numbers: x and y, the centre of its outline; k; yaw; azimuth and
-# height of the light; and r, g, b, the floor's tint. The search begins within AROUND of a first
+# elevation of the light; and r, g, b, the floor's tint. The search begins within AROUND of a first
 # guess, and stays between LOW and HIGH: the solid is to be in the picture, and the light so low
 # that it does not look down into a cone, for which the tracer has no formula.
 AROUND = torch.tensor([0.08, 0.08, 0.08, math.pi / 4, 1.3, 0.15, 0.05, 0.05, 0.05])
@@ -324,12 +324,12 @@ HIGH = torch.tensor([1, 1, 0.7, 9, 9, 1.0, 1, 1, 1])
 
 def scene_of(numbers, shape, colour):
     """Nine numbers → the Scene."""
-    x, y, k, yaw, azimuth, height, *floor = numbers.tolist()
+    x, y, k, yaw, azimuth, elevation, *floor = numbers.tolist()
     solid = Solid(shape, colour, "", yaw % (math.pi / 2), k, x, y)
     _, up, down = outline(solid, k)
     solid.stands = x, 0, -(y + (up - down) / 2) / SIN
-    light = (math.sin(azimuth) * math.cos(height), math.sin(height),
-             -math.cos(azimuth) * math.cos(height))
+    light = (math.sin(azimuth) * math.cos(elevation), math.sin(elevation),
+             -math.cos(azimuth) * math.cos(elevation))
     return Scene("alone", [solid], tuple(floor), light)
 
 

@@ -42,13 +42,13 @@ class DiffusionPrior(nn.Module):
     The sequence: [caption tokens | z_t | timestep | noised z_i | a learnt final embedding]. Each
     position sees itself and what stands before it, but no padding. So the final embedding sees
     all, and the output there is v. The loss compares the z_i computed from v with the true z_i.
-    differs from the paper: its prior reads "encoded text", this one embedded tokens. (App. C names
-    a text encoder for the AR prior only, so the paper may do the same.)
+    differs from the paper: the paper's prior reads "encoded text", this one embedded tokens. (App.
+    C names a text encoder for the AR prior only, so the paper may do the same.)
     """
 
-    # The noise schedule was made for pixels in [-1, 1], whose std is about 0.5375. Whitened z_i
-    # have a std of about 1, so this factor gives them the std of pixels. The paper's factor, 17.2,
-    # is 0.5375·√1024: so its z_i seem to be unit vectors of 1,024 numbers, whose std is 1/√1024.
+    # The noise schedule was made for pixels in [-1, 1], so the paper scales z_i to their variance.
+    # Its factor is 17.2 for z_i of unit norm with 1,024 coordinates, whose std is 1/√1024: the
+    # product is 0.5375. The main axes of whitened z_i have a std of 1, so here this is the factor.
     SCALE = 0.5375
 
     def __init__(self, config):
@@ -72,10 +72,11 @@ class DiffusionPrior(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, z_i_t, t, z_t, tokens):
-        """The network f: z_i_t (B, D) noised, t (B,), z_t (B, D), tokens (B, L) → v (B, D)."""
+        """The network f: z_i_t (B, D), SCALE·z_i with noise; t (B,); z_t (B, D); tokens (B, L) →
+        v (B, D)."""
         B, L = tokens.shape
         text = self.token(tokens)                                             # (B, L, width)
-        # z_t and z_i_t get a factor: their coordinates are then of order 1.
+        # Both factors bring coordinates to order 1.
         z_t = self.z_t(z_t * self.config.dim ** 0.5)[:, None]                 # (B, 1, width)
         time = self.time(timestep_embedding(t, self.config.width))[:, None]   # (B, 1, width)
         z_i_t = self.z_i(z_i_t / self.SCALE)[:, None]                         # (B, 1, width)
@@ -168,7 +169,7 @@ class ARPrior(nn.Module):
     then the codes given the dot. If the dot is drawn from p(dot | y), z_i follows p(z_i | y). If it
     is drawn from the upper half alone, this asks for a good fit. The dot and the codes are the
     symbols. Each position sees itself and what stands before it; its target is the next symbol.
-    differs from the paper: its AR prior reads the caption by a Transformer text encoder (app. C);
+    differs from the paper: the paper's AR prior has a Transformer text encoder (app. C);
     here the tokens are embedded. And k covers 99 % of the variance of whitened z_i, not of plain
     z_i: where objects are is in axes that hold little of the plain variance.
     """
@@ -179,7 +180,7 @@ class ARPrior(nn.Module):
         self.codes, self.dots = Codes(c.components, c.buckets), Codes(1, c.buckets)
         self.token = nn.Embedding(c.vocab, c.width)
         self.z_t = nn.Linear(c.dim, c.width)
-        # The last row of `symbol` and of `position` is never read: the last code is only a target.
+        # The last row of both is never read, since the last code is only a target.
         self.symbol = nn.Parameter(torch.randn(1 + c.components, c.buckets, c.width) * 0.02)
         self.position = nn.Parameter(torch.randn(c.context + 2 + c.components, c.width) * 0.02)
         self.transformer = Transformer(c.width, c.depth)
@@ -210,7 +211,8 @@ class ARPrior(nn.Module):
     def loss(self, z_i, z_t, dot, tokens, generator=None):
         """Mean cross-entropy of the dot and the codes, in nats (log `buckets` is chance): a scalar.
 
-        z_i (B, D), whitened; z_t (B, D), unit norm; dot (B,) = z_i·z_t; tokens (B, L).
+        z_i (B, D), whitened; z_t (B, D), unit norm; dot (B,) = z_i·z_t; tokens (B, L). Where the
+        caption and z_t are hidden the dot is not: it is one of the symbols.
         """
         codes = self.codes.encode(z_i[:, :self.config.components].float())
         symbols = torch.cat([self.dots.encode(dot[:, None].float()), codes], dim=1)
@@ -228,9 +230,9 @@ class ARPrior(nn.Module):
         temperature: 0 takes the likeliest symbol each time. guidance: how strongly the caption and
         z_t guide each symbol, the dot too (sec. 2.2). With top_half False, temperature 1 and
         guidance 1, z_i follows p(z_i | y).
-        differs from the paper: it says "the top half of the distribution", and names no condition.
+        differs from the paper: the paper says "the top half of the distribution", and no condition.
         Here the dot is drawn given y, since not every caption can be fitted equally well.
-        differs from the paper: it found that guiding the prior hurts (sec. 5.5). Here half of the
+        differs from the paper: the paper found that guidance hurts (sec. 5.5). Here half of the
         unguided z_i for "a purple cylinder", a pair that training never held, show a blue one.
         """
         next_logits = guided(lambda symbols, z_t, tokens: self(z_t, tokens, symbols)[:, -1].float(),

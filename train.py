@@ -5,7 +5,8 @@
     python train.py --data cifar10 --size base   # real pictures, for one GPU
 
 CLIP is trained first, and then frozen. Priors and decoder learn on its embeddings, which are
-computed once. For each part, a run leaves in runs/<data>
+computed once. A stage trains one part: "ar-prior" ar_prior, and "decoder" with --text-only
+text_decoder. For each part, a run leaves in runs/<data>
 
     <part>.pt          its weights: an average over the last steps of training ("EMA")
     <part>.state.pt    all that a stopped run needs; the same command goes on from it
@@ -143,8 +144,8 @@ def train(run):
 
 
 def check_memory(run, model, pairs):
-    """Refuse a batch too large for the memory, judged by what 16 pictures keep for the gradient
-    beyond what 8 keep."""
+    """Refuse a batch that is too large for the memory. A picture keeps, for the gradient, an eighth
+    of what 16 keep beyond 8."""
     g, n = torch.Generator(run.device), run.recipe.batch_size
     have = torch.cuda.mem_get_info(run.device)[1] if run.device.type == "cuda" else MEMORY
 
@@ -240,7 +241,7 @@ def picture_to_watch(run, model, pairs):
         drawn = [unclip.draw_x(z_i, tokens, 0, rows, **quickly)]
     else:
         return None
-    return picture_grid(torch.cat([true, *map(to_uint8, drawn)]).cpu(), columns=len(true))
+    return picture_grid(torch.cat([true, *map(to_uint8, drawn)]), columns=len(true))
 
 
 # ---- Data and models -----------------------------------------------------------------------------
@@ -260,9 +261,9 @@ def load_pairs(run):
         most = dict(vocab=1024, context=64) if run.args.data == "shapes" else \
             dict(vocab=4096, context=77)             # real captions are longer, with more words
         tokenizer = Tokenizer.learn([y for ys in sets[0].captions for y in ys], **most)
-        if run.given:                                # --init's weights know its tokens alone
-            run.given.tokenizer.words |= tokenizer.words
-            tokenizer = run.given.tokenizer
+        if run.initial:                                # --init's weights know its tokens alone
+            run.initial.tokenizer.words |= tokenizer.words
+            tokenizer = run.initial.tokenizer
     smalls = load(run.image_size) if enlarges else [None, None]
     return [Pairs(d, tokenizer, run.clip, run.device, learns_clip and d is sets[0], small)
             for d, small in zip(sets, smalls)]
@@ -280,7 +281,7 @@ class Pairs:
 
     def __init__(self, dataset, tokenizer, clip, device, shift=False, small=None):
         self.tokenizer, self.clip = tokenizer, clip
-        self.shift = shift and dataset.flips     # only photographs flip; they are few, renders not
+        self.shift = shift and dataset.flips     # photographs only, which are few; renders never
         self.images, self.flips = dataset.images.to(device), dataset.flips         # (N, 3, H, W)
         self.small = small and small.images.to(device)                     # (N, 3, H/4, W/4)
         self.texts = sorted({y for ys in dataset.captions for y in ys})
@@ -365,8 +366,8 @@ def shifted(x, generator, most=4):
 
 
 def build(run, pairs):
-    """The part before its first step: random, by the seed, or --init's. The AR prior's buckets are
-    fitted to these pairs."""
+    """The part before its first step: random, by the seed, or --init's. The buckets of a random AR
+    prior are fitted to these pairs."""
     (kind, config), options = ALL_PARTS[run.part], dict(SIZES[run.args.size][run.stage])
     if run.stage in ("clip", "decoder", "upsampler"):
         options["image_size"] = run.image_size
@@ -378,8 +379,8 @@ def build(run, pairs):
         options |= TEXT_ONLY
     if run.stage == "ar-prior":
         z_i = pairs.z_i.flatten(0, 1)                                        # (views·N, D)
-        if run.given:
-            options |= {key: getattr(run.given.config, key) for key in ("components", "buckets")}
+        if run.initial:
+            options |= {key: getattr(run.initial.config, key) for key in ("components", "buckets")}
         else:                                        # no more buckets than there are values
             options |= {"components": components_needed(run.clip.whiten(z_i).var(0)),
                         "buckets": min(options.get("buckets", config.buckets), len(z_i))}
@@ -388,8 +389,8 @@ def build(run, pairs):
     model = kind(config(**options)).to(run.device, memory_format=torch.channels_last)
     model.tokenizer = pairs.tokenizer
     model.clip_id = secrets.token_hex(8) if run.stage == "clip" else run.clip and run.clip.clip_id
-    if run.given:
-        weights = run.given.state_dict()
+    if run.initial:
+        weights = run.initial.state_dict()
         if run.args.text_only:                       # a decoder's sketch is of no use to it
             weights = {k: v for k, v in weights.items() if not k.startswith("sketch")}
         try:
@@ -422,7 +423,7 @@ class Run:
         if self.files["csv"].exists():
             open_log(self).close()                     # is another run at work?
         with about("--init"):
-            self.given = args.init and load_part(self.first_weights(), self.device)
+            self.initial = args.init and load_part(self.first_weights(), self.device)
         self.clip = self.decoder = None
         if stage not in ("clip", "upsampler"):
             self.clip = self.load_clip()
@@ -431,8 +432,8 @@ class Run:
                 decoder = load_part(path, self.device)
                 check_clip(decoder, self.clip, "")
                 self.decoder = decoder
-        if self.given and self.clip:
-            check_clip(self.given, self.clip, f"--init {args.init}")
+        if self.initial and self.clip:
+            check_clip(self.initial, self.clip, f"--init {args.init}")
         flags = ("data", "data_dir", "limit", "size", "seed", "init")
         self.identity = {"stage": stage, "clip": self.clip and self.clip.clip_id,
                          **{name: getattr(args, name) for name in flags}, **asdict(self.recipe)}
@@ -495,7 +496,7 @@ class State:
         vectors = [p for p in model.parameters() if p.dim() <= 1]          # biases, norms: no decay
         self.optimizer = torch.optim.AdamW(
             [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}], r.lr, (0.9, 0.99),
-            weight_decay=r.weight_decay, fused=True)     # 0.99: short runs, so short a memory
+            weight_decay=r.weight_decay, fused=True)     # 0.99, not 0.999: runs are short
         self.generator = torch.Generator(run.device).manual_seed(run.args.seed)
         self.step, self.seconds, self.rows = 0, 0.0, []          # rows: of the log
         self.sums = torch.zeros(2, device=run.device)            # since the last row: loss, norm
@@ -508,7 +509,10 @@ class State:
                                  f"another device ({reason}); --restart begins anew") from None
 
     def update_ema(self):
-        """Average the weights over about the last ninth of the steps so far."""
+        """Average the weights over about the last ninth of the steps so far.
+
+        differs from the paper: its average forgets at a constant rate. In a short run that would
+        keep the random first weights, or average over few steps at the end."""
         weights = [p.detach() for p in self.model.parameters()]
         torch._foreach_lerp_(list(self.ema.parameters()), weights, 9 / (10 + self.step))
 
@@ -553,7 +557,7 @@ def save(run, state, pairs):
     args = {name: getattr(run.args, name) for name in ("data", "size", "limit", "seed")}
     trained = {**args, "steps": state.step, "batch_size": run.recipe.batch_size,
                "minutes": round(state.seconds / 60, 1), "device": run.device.type,
-               "init": run.given and run.given.trained}
+               "init": run.initial and run.initial.trained}
     with writing(run.folder):
         save_part(run.files["pt"], run.part, part, trained)
         write_torch(run.files["state.pt"], {"identity": run.identity, **state.dump()})

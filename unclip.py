@@ -4,11 +4,11 @@ Text-Conditional Image Generation with CLIP Latents", arXiv 2204.06125).
     caption y ── CLIP ──► z_t ── prior ──► z_i ── decoder ──► 32×32 ── upsampler ──► 128×128
 
 The paper's idea (sec. 2): a picture x has exactly one CLIP image embedding z_i, so p(x | y) =
-p(x, z_i | y) = p(x | z_i, y) p(z_i | y). A *prior* draws an embedding that fits the caption. A
-*decoder* draws a picture that has this embedding. z_i says what matters in a picture, and noise
-says the rest. A sampler starts from noise, x_T. If it adds no more on its way (eta 0), x_T alone
-holds all the rest. With z_i and x_T, pictures can also be reconstructed, varied, interpolated, and
-edited by captions (sec. 3).
+p(x, z_i | y). By the chain rule this is p(x | z_i, y) p(z_i | y). A *prior* draws an embedding that
+fits the caption. A *decoder* draws a picture that has this embedding. z_i says what matters in a
+picture, and noise says the rest. A sampler starts from noise, x_T. If it adds no more on its way
+(eta 0), x_T alone holds all the rest. With z_i and x_T, pictures can also be reconstructed, varied,
+interpolated, and edited by captions (sec. 3).
 
 Reading order: unclip, diffusion, clip_tiny, prior, decoder, which are the paper; then train,
 sample, shapes, data, judge, evaluate, checkpoints.
@@ -33,7 +33,8 @@ class UnCLIP:
     row, its index within its prompt. CLIP is frozen: it is no sub-module of the others, so their
     training can't change it, and its embeddings can be computed once and kept. In this file z_i has
     unit norm. Priors and decoder see z_i whitened (CLIP.whiten): centred, and each principal axis
-    divided by its spread. Otherwise they would hardly learn the axes along which z_i varies little.
+    divided by about its spread. Otherwise they would hardly learn axes along which z_i varies
+    little.
     """
 
     def __init__(self, clip, decoder=None, prior=None, ar_prior=None, upsampler=None):
@@ -62,9 +63,9 @@ class UnCLIP:
 
         prior: "diffusion" or "ar" (autoregressive). With "text" the decoder gets z_t in place of
         z_i, along the main axes, which hold 99 % of z_i's variance; with "none", the caption alone
-        (sec. 5.1 compares them). how: guidance (1 = none), steps and eta of the decoder. Guidance
-        makes a picture fit its caption and z_i better. It does not change z_i, so the pictures of
-        one caption stay as different as their z_i are (sec. 5.3).
+        (sec. 5.1 compares them). how: guidance (1 = none), steps and eta, as in Decoder.sample.
+        Guidance makes a picture fit its caption and z_i better. It does not change z_i, so the
+        pictures of one caption stay as different as their z_i are (sec. 5.3).
         Raises ValueError if a part is missing, a caption is empty or too long, or there is nothing
         to draw.
         """
@@ -98,7 +99,7 @@ class UnCLIP:
 
     @torch.no_grad()
     def draw_z_i(self, tokens, seed, rows, prior="diffusion", candidates=2, **options):
-        """Captions (B, L) → z_i (B, D), unit norm, by the prior named; None for "none".
+        """Tokens of captions (B, L) → z_i (B, D), unit norm, by the prior named; None for "none".
 
         options go to the prior's `sample`. candidates: how many z_i the diffusion prior draws for
         each caption; the one with the largest z_i·z_t is kept. That one fits the caption better, at
@@ -122,7 +123,7 @@ class UnCLIP:
         noise = Noise(seed, keys, z_t.shape[1:], "prior", self.device)
         z_i = model.sample(z_t.repeat(candidates, 1), tokens.repeat(candidates, 1), noise,
                            **options)
-        z_i = self.clip.unwhiten(z_i).unflatten(0, (candidates, -1))             # (…, B, D)
+        z_i = self.clip.unwhiten(z_i).unflatten(0, (candidates, -1))        # (candidates, B, D)
         best = (z_i * z_t).sum(-1).argmax(dim=0)                                 # (B,)
         return z_i[best, torch.arange(len(best), device=self.device)]
 
