@@ -852,9 +852,10 @@ EXPERIMENTS = {"judge": judge_itself, "accuracy": accuracy, "two": two, "binding
                "vary": vary, "interpolate": interpolate, "edit": edit, "pca": pca, "steps": steps,
                "spelling": spelling, "cifar10": cifar10, "overfit": overfit}
 OTHERS = {"spelling": {"signs"}, "cifar10": {"cifar10"}, "overfit": {"coco", "folder"}}
-# Parts without which an experiment has nothing to show; the others take what is there.
-NEEDS = {"upsampler": "upsampler", "two": "prior", "binding": "prior", "form": "prior",
-         "diversity": "prior", "twice": "prior", "steps": "prior", "spelling": "prior"}
+# Parts without which an experiment has nothing to show; of the others it takes what is there.
+NEEDS = dict.fromkeys(EXPERIMENTS, ["decoder"]) | {"upsampler": ["decoder", "upsampler"]} | \
+    dict.fromkeys(["judge", "clip", "codes", "priors"], []) | dict.fromkeys(
+        ["two", "binding", "form", "diversity", "twice", "steps", "spelling"], ["decoder", "prior"])
 HEAD = """# Results
 
 Written by `python evaluate.py`; an experiment that runs again replaces its own section. Shares are
@@ -938,14 +939,19 @@ def command(argv):
         if getattr(args, name) is not None and not least <= getattr(args, name) < 2 ** 64:
             raise ValueError(f"--{name} {getattr(args, name)}: choose {least} or more, below 2^64")
     check_out(args.out)
+    page = args.out / "README.md"
+    if page.exists() and not page.read_bytes().startswith(HEAD[:10].encode()):
+        raise ValueError(f"{page}: not written by evaluate.py, and would be lost; choose another "
+                         f"--out")
     device = find_device(args.device)
     with about("--weights"):
         unclip = UnCLIP.load(args.weights, device)
     data = unclip.clip.trained["data"]
     fit = [name for name in EXPERIMENTS if data in OTHERS.get(name, {"shapes"})
-           and (name not in NEEDS or unclip.parts[NEEDS[name]])]
-    if args.only in NEEDS:
-        unclip.part(NEEDS[args.only])                    # says what to train if it is not there
+           and all(unclip.parts[part] for part in NEEDS[name])]
+    with about(f"--weights {args.weights}:"):
+        for part in NEEDS.get(args.only, []):
+            unclip.part(part)                            # says what to train if it is not there
     if args.only and args.only not in fit:
         raise ValueError(f"--only {args.only}: {args.weights} learnt from {data}; choose "
                          f"{', '.join(fit) or 'other --weights'}")

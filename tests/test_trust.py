@@ -175,7 +175,9 @@ EVALUATE = [
     ("--only nothing", "judge"), ("--only cifar10", "choose"), ("--n 2", "3 or more"),
     (f"--seed {2 ** 64}", "below"),
     ("--n x", "--help"), ("--seed -1", "0 or more"), ("--device abacus", "cpu"),
-    ("--weights broken_clip", "clip.pt", "train.py"), ("--out text.png", "another folder")]
+    ("--weights broken_clip", "clip.pt", "train.py"), ("--out text.png", "another folder"),
+    ("--only vary --weights no_decoder", "--stage decoder"),
+    ("--only vary --out notes", "another --out")]
 PROGRAMS = {"train": train, "sample": sample, "evaluate": evaluate}
 BAD = [(program, *row) for program, rows in zip(PROGRAMS, (TRAIN, SAMPLE, EVALUATE))
        for row in rows]
@@ -188,6 +190,7 @@ def litter(tiny_weights, tmp_path_factory):
     picture(top / "a.png"), picture(top / "b.png")
     (top / "text.png").write_text("no picture"), (top / "empty.png").touch()
     (top / "link").symlink_to("nowhere"), (top / "tiny").symlink_to(tiny_weights)
+    (top / "notes").mkdir(), (top / "notes" / "README.md").write_text("mine")
     (top / "bare").mkdir(), (top / "logs" / "clip.csv").mkdir(parents=True)
     for part in ("clip", "prior", "ar_prior", "decoder"):
         for folder in (top / f"no_{part}", top / f"broken_{part}"):
