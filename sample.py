@@ -186,7 +186,11 @@ def parse(argv):
     group.add_argument("--from", metavar="Y0", help='the present one (default: "a photo")')
     group.add_argument("--fixed-noise", action="store_true", default=None,
                        help="interpolate z_i alone")
-    return parser.parse_intermixed_args(argv)
+    argv = sys.argv[1:] if argv is None else [*argv]
+    end = argv.index("--") if "--" in argv else len(argv)            # after it all is prompts
+    args = parser.parse_intermixed_args(argv[:end])
+    args.prompts += argv[end + 1:]
+    return args
 
 
 def understand(args):
@@ -210,9 +214,8 @@ def understand(args):
 
 
 def check_numbers(args):
-    fewest = 2 if args.interpolate or args.edit else 1
     most_n = max(1, MOST // max(1, len(args.prompts)))
-    for key, least, most in (("n", fewest, most_n), ("seed", 0, math.inf), ("eta", 0, 1),
+    for key, least, most in (("n", 2 if args.interpolate else 1, most_n), ("seed", 0, math.inf), ("eta", 0, 1),
                              ("steps", 2 if args.files else 1, 1000),     # see Diffusion.invert
                              ("guidance", -100, 100)):
         value = getattr(args, key)

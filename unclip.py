@@ -51,8 +51,9 @@ class UnCLIP:
     def part(self, name):
         """A part, or a clear message if its weights are not there."""
         if self.parts[name] is None:
-            raise ValueError(f"there are no weights of the {name.replace('_', ' ')}: "
-                             f"python train.py --stage {name.replace('_', '-')} makes them")
+            raise ValueError(f"there are no weights of the {name.replace('_', ' ')}: python "
+                             f"train.py --stage {name.replace('_', '-')} --data "
+                             f"{self.clip.trained['data']} makes them")
         return self.parts[name]
 
     # ---- Drawing (sec. 2) ------------------------------------------------------------------
@@ -158,7 +159,7 @@ class UnCLIP:
         (B, 3, H, W), which holds all the rest, by DDIM inversion. Raises ValueError if x is of
         another size."""
         decoder = self.part("decoder")
-        if x.shape[-1] != (side := decoder.config.image_size):
+        if {*x.shape[-2:]} != {side := decoder.config.image_size}:
             raise ValueError(f"pictures of {x.shape[-1]} pixels, and the decoder's have {side}: "
                              f"generate(…, upsample=False) draws such")
         z_i = self.clip.encode_image(x)
@@ -208,13 +209,13 @@ class UnCLIP:
     def edit(self, x, to, base="a photo", n=7, theta=0.5, steps=50, guidance=1.0):
         """A text diff (sec. 3.3): n pictures from x (1, 3, H, W) towards the caption `to`.
 
-        z_i turns towards norm(z_t − z_t0) by a fraction that rises from 0 to theta; the paper
-        chooses a theta from 0.25 to 0.5. z_t0 belongs to the picture's present caption, or to a
+        z_i turns towards norm(z_t − z_t0) by a fraction that rises from 0 to theta (n = 1: theta);
+        the paper chooses a theta from 0.25 to 0.5. z_t0 belongs to the picture's present caption, or to a
         dummy such as "a photo". x_T stays that of x.
         """
         z_d = self.text_diff([to], [base])
         z_i, x_T = self.latent(x, steps)
-        z_i = slerp(z_i.expand(n, -1), z_d.expand(n, -1), torch.linspace(0, theta, n))
+        z_i = slerp(z_i.expand(n, -1), z_d.expand(n, -1), torch.linspace(theta, 0, n).flip(0))
         return self.decode(z_i, x_T.expand(n, *x_T.shape[1:]), steps, guidance=guidance)
 
     @torch.no_grad()

@@ -89,9 +89,9 @@ def test_the_same_line_draws_the_same_bytes_and_every_option_matters(type_in, mo
 
 
 @pytest.mark.parametrize("prompt", ["🟥 一个立方体", "e\u0301 \x1b[31m\tné\n", "\udcff\ud800",
-                                    "\u200b", " -red %s {} \\ \"'"])
+                                    "\u200b", " -red %s {} \\ \"'", "--red"])
 def test_any_text_draws_and_is_told_in_printable_characters(type_in, prompt):
-    status, out, err = type_in([prompt, "--n", "1"])
+    status, out, err = type_in(["--n", "1", "--", prompt])
     assert status == 0 and len(out) == 2, err
     assert all(line.isprintable() for line in err) and len(notes(err)) <= 1
 

@@ -252,5 +252,6 @@ def test_an_edit_turns_z_i_towards_the_text_diff_by_theta_and_keeps_the_pattern(
     assert (pattern(strip) - pattern(RED)).abs().max() < 0.02
     assert (colour(strip)[:, 0].diff() < 0).all() and (colour(strip)[:, 2].diff() > 0).all()
     assert torch.equal(toy.edit(RED, "blue", n=2), toy.edit(RED, "blue", "a photo", n=2))
+    assert torch.allclose(toy.edit(RED, "blue", "red", 1, 0.3), strip[3:], atol=1e-4)
     with pytest.raises(ValueError, match="--to \"red\".*choose another"):
         toy.edit(RED, "red", "red", n=2)
