@@ -158,18 +158,22 @@ def load_parts(folder, device="cpu"):
         raise FileNotFoundError(f"{folder}: clip.pt is missing; "
                                 f"copy the one of its parts, or train all: python train.py")
     clip = found.get("clip") or load_part(shipped / "clip.pt", device)
-    side = clip.config.image_size
-    fits = lambda model: getattr(model.config, "image_size", side) == side       # priors have none
+
+    def misfit(model):
+        """In what a part differs from its CLIP, of what both have, as text."""
+        both = {key: getattr(clip.config, key) for key in ("image_size", "dim", "vocab", "context")}
+        return ", ".join(f"{key} {its}, not {own}" for key, own in both.items()
+                         if (its := getattr(model.config, key, own)) != own)
     for part, model in found.items():
         check_clip(model, clip, folder / f"{part}.pt")
-        if not fits(model):
-            raise ValueError(f"{folder}: the {part} is for {model.config.image_size} pixels a side,"
-                             f" its CLIP sees {side}; train the {part} again")
+        if misfit(model):
+            raise ValueError(f"{folder}: the {part} does not fit its CLIP ({misfit(model)}); train "
+                             f"the {part} again")
     for part in PARTS:
         path = shipped / f"{part}.pt"
         if part not in found and path.exists():
             model = clip if part == "clip" else load_part(path, device)
-            if belongs(model, clip) and fits(model):
+            if belongs(model, clip) and not misfit(model):
                 found[part] = model
                 say(f"{part}: not in {folder}, using the shipped {path}")
     return found
@@ -203,7 +207,7 @@ def find_device(name):
     """The torch.device of --device. Raises ValueError if this machine has none of that name."""
     try:
         torch.zeros(1, device=name).cpu()
-    except (RuntimeError, AssertionError):
+    except Exception:                # torch has many ways to say so
         raise ValueError(f"--device {name}: not to be had here; try --device cpu") from None
     return torch.device(name)
 

@@ -252,9 +252,9 @@ def load_pairs(run):
     if enlarges:
         limit = min(limit or LARGE_PICTURES, LARGE_PICTURES)
 
-    def load(size):
+    def load(size):                                  # first the few, where a file may be missing
         return [data.load(run.args.data, split, size, n, run.args.data_dir)
-                for split, n in (("train", limit), ("validation", VALIDATION_PICTURES))]
+                for split, n in (("validation", VALIDATION_PICTURES), ("train", limit))][::-1]
     sets = load(run.image_size * 4 if enlarges else run.image_size)
     tokenizer = run.clip and run.clip.tokenizer
     if learns_clip:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import checkpoints
-from checkpoints import (PARTS, load_part, load_parts, read_torch, run_command, save_part, say,
+from checkpoints import (ALL_PARTS, PARTS, load_part, load_parts, read_torch, run_command, save_part, say,
                          write_torch)
 from clip_tiny import CLIP, CLIPConfig
 from conftest import Surprise, same_bits
@@ -142,11 +142,16 @@ def test_what_a_folder_lacks_is_taken_from_the_shipped_parts_of_its_clip_and_sai
     *((part, dict(clip_id="other"), f"{part}.pt: belongs to another CLIP.*other.*tiny")
       for part in ("prior", "ar_prior", "decoder")),
     ("prior", dict(clip_id=None), "prior.pt: belongs to another CLIP"),
-    *((part, dict(image_size=64), f"{part} is for 64.*32") for part in ("decoder", "upsampler"))])
-def test_a_part_of_another_clip_or_of_another_size_than_its_clip_sees_is_refused(
+    *((part, dict(image_size=64), f"{part} does not fit .*64, not 32")
+      for part in ("decoder", "upsampler")),
+    ("decoder", dict(dim=8), "decoder does not fit .*dim 8")])
+def test_a_part_of_another_clip_or_of_another_size_than_its_clips_is_refused(
         shipped, part, changes, message):
-    if "image_size" in changes:
-        changes = dict(config={**read_torch(shipped / f"{part}.pt")["config"], **changes})
+    if "clip_id" not in changes:
+        config = {**read_torch(shipped / f"{part}.pt")["config"], **changes}
+        kind, config_kind = ALL_PARTS[part]
+        weights = kind(config_kind(**config)).state_dict()
+        changes = dict(config=config, weights=weights)
     copy_of(shipped, shipped, part, **changes)
     with pytest.raises(ValueError, match=message):
         load_parts(shipped)
