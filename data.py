@@ -356,7 +356,7 @@ def files_in(folder):
 
 
 def given_folder(name, data_dir):
-    if data_dir is None:
+    if not data_dir:
         raise ValueError(f"--data {name} needs --data-dir: the folder where the pictures lie")
     if not Path(data_dir).is_dir():
         raise ValueError(f"--data-dir {data_dir}: there is no such folder")

@@ -98,7 +98,7 @@ MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os,
 
 def train(run):
     """Train one stage to its end, or until a signal stops it; True if it ended by itself."""
-    if run.saved and run.saved["step"] == run.recipe.steps and run.files["pt"].exists():
+    if run.saved and run.saved["step"] == run.recipe.steps and run.made():
         run.say(f"finished already: {run.files['pt']}; --restart begins anew")
         return True
     pairs, validation = load_pairs(run)
@@ -108,6 +108,8 @@ def train(run):
     if run.clip and run.clip_path.parent != run.folder:      # said once all checks have passed
         run.say(f"no clip.pt in {run.folder}, using {run.clip_path}")
     run.say(f"from step {state.step} to {r.steps}, {r.batch_size} pictures a step, on {run.device}")
+    if not state.step and not run.args.restart and run.files["pt"].exists():
+        run.say(f"{run.files['pt']} will be replaced: it has no state to go on from")
     first, saved_at, began = state.step, time.monotonic(), time.monotonic() - state.seconds
     bar = tqdm(desc=run.stage, total=r.steps, initial=first,         # in a file, two lines a minute
                mininterval=1 if sys.stderr.isatty() else 30)
@@ -136,7 +138,7 @@ def train(run):
                 save(run, state, pairs)
                 saved_at = time.monotonic()
         done = state.step == r.steps
-        if state.step > first or done and not run.files["pt"].exists():
+        if state.step > first or done and not run.made():
             save(run, state, pairs)
     run.say(f"{'finished' if done else 'stopped'} at step {state.step} of {r.steps}, after "
             f"{state.seconds / 60:.1f} minutes of training: {run.files['pt']}")
@@ -390,11 +392,8 @@ def build(run, pairs):
     model.tokenizer = pairs.tokenizer
     model.clip_id = secrets.token_hex(8) if run.stage == "clip" else run.clip and run.clip.clip_id
     if run.initial:
-        weights = run.initial.state_dict()
-        if run.args.text_only:                       # a decoder's sketch is of no use to it
-            weights = {k: v for k, v in weights.items() if not k.startswith("sketch")}
         try:
-            model.load_state_dict(weights, strict=not run.args.text_only)
+            model.load_state_dict(run.initial.state_dict())
         except RuntimeError as error:
             raise ValueError(f"--init {run.args.init}: its {run.part} does not fit --size "
                              f"{run.args.size} ({str(error).splitlines()[-1].strip()})") from None
@@ -423,7 +422,7 @@ class Run:
         if self.files["csv"].exists():
             open_log(self).close()                     # is another run at work?
         with about("--init"):
-            self.initial = args.init and load_part(self.first_weights(), self.device)
+            self.initial = args.init and load_part(Path(args.init) / f"{self.part}.pt", self.device)
         self.clip = self.decoder = None
         if stage not in ("clip", "upsampler"):
             self.clip = self.load_clip()
@@ -442,11 +441,11 @@ class Run:
     def say(self, text):
         say(f"{self.stage}: {text}")
 
-    def first_weights(self):
-        """What --init names. A text-only decoder may begin as the decoder that it is compared with.
-        """
-        path = Path(self.args.init) / f"{self.part}.pt"
-        return path.with_name("decoder.pt") if self.args.text_only and not path.exists() else path
+    def made(self):
+        """Is the part there, and whole?"""
+        with suppress(ValueError, OSError):
+            return bool(load_part(self.files["pt"]))
+        return False
 
     def find(self, part):
         """Where a trained part lies: in this run's folder, in --init's, or shipped; or None."""
