@@ -11,7 +11,7 @@ text_decoder. For each part, a run leaves in runs/<data>
     <part>.pt          its weights: an average over the last steps of training ("EMA")
     <part>.state.pt    all that a stopped run needs; the same command goes on from it
     <part>.csv         its losses
-    <part>.png         pictures to watch; those of a prior need a decoder of the same CLIP
+    <part>.png         pictures to watch: none of CLIP, of a prior only with a decoder of its CLIP
 
 Next chapter: sample.py.
 """
@@ -86,7 +86,7 @@ STAGES = {
     "decoder": lambda model, b, g: model.loss(b.x, b.z_i, b.tokens, g),
     "upsampler": lambda model, b, g: model.loss(b.x, b.low, g)}
 
-SAVE_SECONDS, LOG_ROWS, PROFILE_SECONDS = 180, 100, 20
+SAVE_SECONDS, LOG_ROWS, PROFILE_SECONDS = 180, 100, 20       # the last for each stage
 LARGE_PICTURES = 4000                # for the upsampler, to which each gives many crops
 VALIDATION_PICTURES, VALIDATION_DRAWS = 1000, 1024
 AXES_PICTURES = 10_000               # on which CLIP's principal axes are fitted
@@ -102,7 +102,7 @@ def train(run):
         run.say(f"finished already: {run.files['pt']}; --restart begins anew")
         return True
     pairs, validation = load_pairs(run)
-    model, r, loss_of = build(run, pairs), run.recipe, STAGES[run.stage]
+    model, r = build(run, pairs), run.recipe
     check_memory(run, model, pairs)
     state = State(run, model)                            # fresh, or as the last run left it
     if run.clip and run.clip_path.parent != run.folder:      # said once all checks have passed
@@ -118,18 +118,7 @@ def train(run):
         if run.args.restart:                             # or it would pass for this run's state
             run.files["state.pt"].unlink(missing_ok=True)
         while state.step < r.steps and not stopped:
-            batch = pairs.draw(r.batch_size, state.generator)
-            with autocast(run.device):
-                loss = loss_of(model, batch, state.generator)
-            state.optimizer.zero_grad()
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for group in state.optimizer.param_groups:
-                group["lr"] = learning_rate(state.step, r)
-            state.optimizer.step()
-            state.step += 1
-            state.update_ema()
-            state.sums += torch.stack([loss.detach(), norm])    # reading them now would stall a GPU
+            take_step(run, state, pairs)
             state.seconds = time.monotonic() - began
             bar.update()
             if state.step % math.ceil(r.steps / LOG_ROWS) == 0 or state.step == r.steps:
@@ -145,9 +134,25 @@ def train(run):
     return done and not stopped
 
 
+def take_step(run, state, pairs):
+    """One step of training. Nothing in it waits for the device."""
+    batch = pairs.draw(run.recipe.batch_size, state.generator)
+    with autocast(run.device):
+        loss = STAGES[run.stage](state.model, batch, state.generator)
+    state.optimizer.zero_grad()
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), 1.0)
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate(state.step, run.recipe)
+    state.optimizer.step()
+    state.step += 1
+    state.update_ema()
+    state.sums += torch.stack([loss.detach(), norm])     # to read them now would stall a GPU
+
+
 def check_memory(run, model, pairs):
-    """Refuse a batch that is too large for the memory. A picture keeps, for the gradient, an eighth
-    of what 16 keep beyond 8."""
+    """Refuse a batch that is too large for the memory. What 8 and 16 pictures keep for the gradient
+    is compared: an eighth of the difference is for one."""
     g, n = torch.Generator(run.device), run.recipe.batch_size
     have = torch.cuda.mem_get_info(run.device)[1] if run.device.type == "cuda" else MEMORY
 
@@ -254,7 +259,7 @@ def load_pairs(run):
     if enlarges:
         limit = min(limit or LARGE_PICTURES, LARGE_PICTURES)
 
-    def load(size):                                  # first the few, where a file may be missing
+    def load(size):                                  # the few first: is a file missing?
         return [data.load(run.args.data, split, size, n, run.args.data_dir)
                 for split, n in (("validation", VALIDATION_PICTURES), ("train", limit))][::-1]
     sets = load(run.image_size * 4 if enlarges else run.image_size)
@@ -274,16 +279,16 @@ def load_pairs(run):
 class Pairs:
     """Pictures with captions, on the device as a whole: a batch is an index.
 
-    Captions repeat: 60,000 pictures have far fewer different ones. So tokens and z_t are kept once
-    for each different caption, and text_of has the indices of a picture's captions. CLIP is frozen,
-    so z_i and z_t are computed here, once. If pictures may be mirrored, z_i has two views.
+    Captions repeat: the 240,000 of 60,000 renders are 52,500 different ones. So tokens and z_t are
+    kept once for each, and text_of has the indices of a picture's captions. CLIP is frozen, so z_i
+    and z_t are computed here, once. If pictures may be mirrored, z_i has two views.
     small: for the upsampler, the same pictures in the size in which the decoder learns them. Area
     means of the large ones would be cleaner than what the decoder draws.
     """
 
     def __init__(self, dataset, tokenizer, clip, device, shift=False, small=None):
         self.tokenizer, self.clip = tokenizer, clip
-        self.shift = shift and dataset.flips     # photographs only, which are few; renders never
+        self.shift = shift and dataset.flips     # of pictures like photographs, which are few
         self.images, self.flips = dataset.images.to(device), dataset.flips         # (N, 3, H, W)
         self.small = small and small.images.to(device)                     # (N, 3, H/4, W/4)
         self.texts = sorted({y for ys in dataset.captions for y in ys})
@@ -302,8 +307,8 @@ class Pairs:
 
     @torch.no_grad()
     def embeddings(self):
-        """Tokens, z_i and z_t of all, from the cache if they lie there. Its file is named by a hash
-        of what they are a function of: CLIP with its tokenizer, the pictures and the texts."""
+        """Tokens, z_i and z_t of all, from the cache or computed now. The cache file's name is a
+        hash of all that they depend on: CLIP with its tokenizer, the pictures and the texts."""
         views, D = [self.images, self.images.flip(3)][:1 + self.flips], self.clip.config.dim
         digest = hashlib.sha256(repr((self.tokenizer.state(), self.texts)).encode())
         for tensor in [self.images, *self.clip.state_dict().values()]:
@@ -322,7 +327,7 @@ class Pairs:
         return (kept[key].to(self.images.device) for key in ("tokens", "z_i", "z_t"))
 
     def draw(self, n, generator):
-        """A batch of n random pictures, with a random caption, and mirroring, of each."""
+        """n random pictures, each with one of its captions, mirrored or not → a batch (below)."""
         device = self.images.device
         i = torch.randint(len(self.images), (n,), device=device, generator=generator)
         u = torch.rand(2, n, device=device, generator=generator)
@@ -368,8 +373,8 @@ def shifted(x, generator, most=4):
 
 
 def build(run, pairs):
-    """The part before its first step: random, by the seed, or --init's. The buckets of a random AR
-    prior are fitted to these pairs."""
+    """The part before its first step, with random weights (--seed) or those of --init. The buckets
+    of a random AR prior are fitted to these pairs."""
     (kind, config), options = ALL_PARTS[run.part], dict(SIZES[run.args.size][run.stage])
     if run.stage in ("clip", "decoder", "upsampler"):
         options["image_size"] = run.image_size
@@ -406,8 +411,8 @@ def build(run, pairs):
 # ---- A run and its files -------------------------------------------------------------------------
 
 class Run:
-    """One stage's settings and files. Whatever can be checked before training is checked when one
-    is made."""
+    """One stage's settings and files. What can be checked without the data is checked when one is
+    made."""
 
     def __init__(self, stage, args):
         self.stage, self.args = stage, args
@@ -454,8 +459,9 @@ class Run:
         return next((path for path in paths if path.exists()), None)
 
     def load_clip(self):
-        remedy = f"python train.py --stage clip --data {self.args.data} --size {self.args.size}"
-        path = self.find("clip")
+        a, path = self.args, self.find("clip")
+        remedy = f"python train.py --stage clip --data {a.data} --size {a.size} --out {self.folder}"
+        remedy += f" --data-dir {a.data_dir}" if a.data_dir else ""
         if path is None:
             raise FileNotFoundError(f"--out {self.folder}: it has no clip.pt; {remedy} makes it")
         clip, self.clip_path = load_part(path, self.device), path
@@ -565,9 +571,9 @@ def save(run, state, pairs):
 def check_finite(run, state):
     """Raises ValueError if a loss or gradient is not finite, so that good weights are kept."""
     if not state.sums.isfinite().all():
-        raise ValueError(f"{run.stage}: at step {state.step} the loss is no finite number any more;"
-                         f" the last good weights stay in {run.folder}; begin anew with --restart "
-                         f"and an --lr below {run.recipe.lr}")
+        raise ValueError(f"{run.stage}: at step {state.step} the loss or its gradient is no finite "
+                         f"number any more; what was saved in {run.folder} stays; begin anew with "
+                         f"--restart and an --lr below {run.recipe.lr}")
 
 
 @contextmanager
@@ -699,8 +705,8 @@ def parse(argv):
     add("--init", help="folder of weights to begin with")
     add("--text-only", action="store_true", help="a decoder of captions alone, to compare with")
     add("--restart", action="store_true", help="begin anew where a run was stopped or finished")
-    add("--profile", action="store_true", help="train for a few steps, say how fast that was, and "
-        "save nothing")
+    add("--profile", action="store_true", help="train each stage for 20 seconds, say how fast "
+        "that was, and save nothing; all but clip and upsampler need a clip.pt")
     args = parser.parse_args(argv)
     args.restart |= args.profile                             # a profile begins with no saved state
     return args

@@ -1,5 +1,5 @@
-"""Weights on disk: what is saved comes back, what is damaged or of another CLIP is refused; and what
-all commands share.
+"""Weights on disk: what is saved comes back, what is damaged or of another CLIP is refused. And
+what all commands share.
 """
 import math
 import os
@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import checkpoints
-from checkpoints import (ALL_PARTS, PARTS, load_part, load_parts, read_torch, run_command, save_part, say,
-                         write_torch)
+from checkpoints import (ALL_PARTS, PARTS, load_part, load_parts, read_torch, run_command,
+                         save_part, say, write_torch)
 from clip_tiny import CLIP, CLIPConfig
 from conftest import Surprise, same_bits
 

@@ -116,7 +116,7 @@ def test_the_text_encoder_is_causal_is_read_at_the_texts_end_and_padding_has_no_
 # ---- CLIP --------------------------------------------------------------------------------------
 
 def test_embeddings_are_unit_vectors_whatever_the_patch():
-    for patch in (1, 2, 4, 8):
+    for patch in (1, 2, 4, 8, 16):
         clip = tiny_clip(image_size=16, patch=patch, width=64)
         z_i, z_t = clip.encode_image(torch.randn(2, 3, 16, 16)), clip.encode_text(TOKENIZER(["a"]))
         assert z_i.shape == (2, 16) and torch.allclose(z_i.norm(dim=1), torch.ones(2))

@@ -36,7 +36,9 @@ def refused(call, *words):
 
 def test_a_wrong_argument_is_named_with_its_value_and_a_remedy():
     refused(lambda: data.load("dogs", "train"), "'dogs'", "choose", "shapes")
+    refused(lambda: data.load("shapes", "test"), "'test'", "choose", "validation")
     refused(lambda: data.load("shapes", "train", 4), "4 pixels", "choose")
+    refused(lambda: data.load("shapes", "train", limit=0), "limit of 0", "choose")
     refused(lambda: data.load("shapes", "train", limit=10 ** 12), "72,000 GB", "choose")
 
 

@@ -32,7 +32,7 @@ def weights(tiny_weights, tmp_path_factory):
 @pytest.fixture
 def evaluated(weights, tiny_unclip, monkeypatch, tmp_path):
     """A function of a name and n that runs an experiment → the page. Each part is read once, what
-    is drawn is drawn in two steps and enlarged without a network, and form is fitted hardly."""
+    is drawn is drawn in two steps and enlarged without a network, and form is fitted in a round."""
     timesteps = Diffusion.timesteps
     monkeypatch.setenv("UNCLIP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(Diffusion, "timesteps", lambda self, steps: timesteps(self, 2))
@@ -70,6 +70,8 @@ def test_an_experiment_writes_its_section_and_its_figures(name, evaluated, tmp_p
     page = evaluated(name, 3)
     assert f"## {name}: " in page and f"--only {name} --seed 0 --n 3" in page
     assert "minutes on" in page and page[page.index("## "):] in capsys.readouterr().out
+    rows = [line for line in page[page.index("## "):].splitlines() if line.startswith("| ")]
+    assert len(rows) > 2                                         # head, rule, and rows
     claims = [line[2:] for line in page.splitlines() if line.startswith("> ")]
     assert all(f"| {claim} | {name} |" in page[:page.index("## ")] for claim in claims)
     assert bool(claims) == (name in CLAIMS)
@@ -146,3 +148,16 @@ def test_a_table_has_means_with_their_intervals_and_blanks_where_a_row_has_none(
     assert lines[2] == "| x | 75.0 ({:.1f}–{:.1f}) |  |  |".format(*(100 * v for v in low_high))
     assert lines[3] == "| 1,234 |  | 0.5 | 2 ± 1.1 |"                # 1.96 · 1 / √3
     assert lines[4] == "|  | – |  | – |"
+
+
+def test_the_other_render_has_another_colour_and_shape_and_changes_are_in_pixels(
+        tiny_unclip, monkeypatch, tmp_path):
+    monkeypatch.setenv("UNCLIP_CACHE", str(tmp_path))
+    bench = evaluate.Bench(tiny_unclip, None, None)
+    (_, a), (_, b) = evaluate.renders_and_others(bench, 5)
+    assert all((a[key][:, 0] != b[key][:, 0]).all() for key in ("colour", "shape"))
+    x, count = torch.zeros(2, 3, 32, 32), torch.tensor([1, 2])           # of one solid, and of two
+    before, after = ({"count": count, "position": torch.full((2, 2, 2), p)} for p in (0.0, 0.5))
+    cells = evaluate.changes(x + 5, before, x, after)
+    assert cells["floor, of 255"].tolist() == [5, 5]
+    assert cells["moved, of 32 pixels"].tolist() == pytest.approx([8 * 2 ** 0.5])

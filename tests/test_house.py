@@ -27,3 +27,10 @@ def test_a_file_imports_those_below_it_and_four_packages():
         below = {"conftest", "pytest"} | LEAVES if "test" in file.stem else set()
         below |= MAY_IMPORT.get(file.stem, MAY_IMPORT.keys())        # a leaf's: all but leaves
         assert imported(file) <= below | PACKAGES | sys.stdlib_module_names, file.name
+
+
+def test_lines_have_at_most_100_columns_and_the_readme_names_every_file():
+    readme = (ROOT / "README.md").read_text("utf-8")
+    for file in [*ROOT.glob("*.py"), *(ROOT / "tests").glob("*.py")]:
+        assert all(len(line) <= 100 for line in file.read_text("utf-8").splitlines()), file.name
+        assert f"`{file.name}`" in readme or "test" in file.stem, file.name

@@ -6,7 +6,8 @@ import re
 import shutil
 import signal
 from collections import Counter
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,8 @@ import torch.nn as nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
-from checkpoints import load_part, load_parts, read_torch, write_torch
+from checkpoints import ALL_PARTS, load_part, load_parts, read_torch, write_torch
+from clip_tiny import CLIPConfig
 from conftest import (at_step, bytes_in, interrupt, log, same_bits, seeded, shake, tiny_parts,
                       type_train, write_metadata)
 from data import Dataset
@@ -363,23 +365,33 @@ class NoWaits(TorchDispatchMode):
 @pytest.mark.parametrize("stage", STAGES)
 def test_no_step_waits_for_the_device_and_all_weights_learn_but_those_of_clip(trained, stage):
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    run = run_of(stage, "--out", trained, "--device", device, "--restart")
+    run = run_of(stage, "--out", trained, "--device", device, "--restart", "--steps", 9)
     pairs, _ = train.load_pairs(run)
-    state, g = train.State(run, train.build(run, pairs)), torch.Generator(device)
+    state = train.State(run, train.build(run, pairs))
     start, clip = copy.deepcopy((state.model.state_dict(), run.clip and run.clip.state_dict()))
     with NoWaits():
         torch.cuda.set_sync_debug_mode("error") if device == "cuda" else None
         for _ in range(3):                           # some layers learn when others did
-            loss = train.STAGES[stage](state.model, pairs.draw(4, g), g)
-            state.optimizer.zero_grad()
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(state.model.parameters(), 1.0)
-            state.optimizer.step()
-            state.update_ema()
-            state.sums += torch.stack([loss.detach(), norm])
+            train.take_step(run, state, pairs)
         torch.cuda.set_sync_debug_mode("default") if device == "cuda" else None
     same = [name for name, p in state.model.named_parameters() if torch.equal(p, start[name])]
     assert not same and (clip is None or same_bits(run.clip.state_dict(), clip)), same
+
+
+@pytest.mark.parametrize("image_size", [32, 64])
+def test_the_base_size_fits_together(monkeypatch, image_size):
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())       # not for meta
+    dim = CLIPConfig(9, 9, **train.SIZES["base"]["clip"]).dim
+    own = dict(dim=dim, vocab=400, context=77, image_size=image_size, components=dim)
+    for stage, options in train.SIZES["base"].items():
+        kind, config = ALL_PARTS[stage.replace("-", "_")]
+        needed = {field.name for field in fields(config)} & own.keys() - options.keys()
+        with torch.device("meta"):                                       # shapes without numbers
+            model = kind(config(**options, **{name: own[name] for name in needed}))
+            tokens, x = torch.zeros(2, 7).long(), torch.zeros(2, 3, image_size, image_size)
+            z = torch.zeros(2, dim)
+            b = SimpleNamespace(x=x, tokens=tokens, z_i=z, z_t=z, dot=z[:, 0], low=x[..., ::4, ::4])
+            assert train.STAGES[stage](model, b, None).shape == ()
 
 
 # ---- Pairs ---------------------------------------------------------------------------------------

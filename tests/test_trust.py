@@ -18,7 +18,7 @@ import evaluate
 import sample
 import train
 from checkpoints import load_part, read_torch
-from conftest import at_step, log, picture, same_bits, type_train
+from conftest import ROOT, at_step, log, picture, same_bits, type_train
 from unclip import UnCLIP
 
 pytestmark = pytest.mark.usefixtures("tiny_training")
@@ -218,6 +218,16 @@ def test_a_wrong_command_ends_in_one_line_with_flag_value_and_remedy_before_any_
     named = argv[-2:] if len(argv) > 1 and argv[-2].startswith("--") and argv[-1] else []
     assert all(word in err for word in [*named, *words]), (named, words, err)
     assert sorted(litter.rglob("*")) == before
+
+
+def test_the_programs_know_the_flags_of_every_command_of_the_readme():
+    readme = (ROOT / "README.md").read_text("utf-8")
+    typed = re.findall(r"python (train|sample)\.py([^`#\n]*)", readme)
+    for program, line in typed:
+        args = PROGRAMS[program].parse(shlex.split(line))
+        sample.understand(args) if program == "sample" else train.check(args)
+    assert {program for program, _ in typed} == {"train", "sample"} and len(typed) > 15
+    exec(compile(re.search(r"```python\n(.*?)```", readme, re.S)[1].split("\nx = ")[0], "", "exec"))
 
 
 @pytest.mark.parametrize("program, flags", [

@@ -68,6 +68,10 @@ def test_pictures_have_the_size_of_the_last_stage_and_noise_of_their_own(model):
     assert x.shape == (1, 3, 128, 128) and -1 <= x.min() and x.max() <= 1
     small = model.generate(PROMPTS[0], n=2, **QUICK)
     assert small.shape == (2, 3, 32, 32) and not torch.allclose(*small, atol=1e-2)
+
+
+def test_nothing_to_draw_and_a_picture_of_another_size_are_refused(model):
+    x = model.generate(PROMPTS[:1], n=1, steps=1)
     for captions, n in ([], 4), ("a red cube", 0):
         with pytest.raises(ValueError, match="nothing to draw"):
             model.generate(captions, n)
@@ -98,7 +102,7 @@ def test_variations_and_upsampled_pictures_are_the_same_bytes_too_and_their_nois
         assert not torch.allclose(five[0], other, atol=1e-2)
 
 
-def test_each_prior_gives_the_decoder_what_its_name_says(model):
+def test_each_prior_draws_the_kind_of_z_i_that_its_name_says(model):
     tokens = model.clip.tokenizer([PROMPTS[0]] * 2)
     z_t = model.clip.encode_text(tokens)
     z_i = {prior: model.draw_z_i(tokens, 0, [0, 1], prior)
