@@ -87,8 +87,8 @@ def load_part(path, device="cpu", parts=ALL_PARTS):
     anything that is not a sound checkpoint of that part.
     """
     checkpoint, part = read_torch(path), Path(path).stem
-    kind, config = parts[part]
     try:
+        kind, config = parts[part]
         held = checkpoint["format"], checkpoint["part"]
         assert held == (FORMAT, part), f"its format and part are {held}, not {(FORMAT, part)}"
         model = kind(sound_config(config, checkpoint["config"]))
@@ -156,11 +156,11 @@ def load_parts(folder, device="cpu"):
     shipped = SHIPPED / first.trained["data"]
     if "clip" not in found and not (shipped / "clip.pt").exists():
         raise FileNotFoundError(f"{folder}: clip.pt is missing; "
-                                f"copy the one of its parts, or train all: python train.py")
+                                f"copy the one of its parts' CLIP, or train all: python train.py")
     clip = found.get("clip") or load_part(shipped / "clip.pt", device)
 
     def misfit(model):
-        """In what a part differs from its CLIP, of what both have, as text."""
+        """The settings that a part and its CLIP share, but not in value, as text."""
         both = {key: getattr(clip.config, key) for key in ("image_size", "dim", "vocab", "context")}
         return ", ".join(f"{key} {its}, not {own}" for key, own in both.items()
                          if (its := getattr(model.config, key, own)) != own)

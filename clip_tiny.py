@@ -223,7 +223,7 @@ class CLIPConfig:
     vocab: int                  # of the tokenizer that belongs to these weights
     context: int                # most tokens of a caption
     image_size: int = 32        # pixels a side
-    patch: int = 8              # pixels a side that become one image token: 2, 4, 8 or 16
+    patch: int = 8              # pixels a side that become one image token: 1, 2, 4, 8 or 16
     stem: tuple = (24, 48, 96)  # channels on the way from the picture to its patches
     width: int = 128            # of both Transformers
     depth: int = 2

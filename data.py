@@ -62,7 +62,7 @@ def load(name, split, size=32, limit=None, data_dir=None, seed=0):
 
     split     "train" or "validation"
     size      height and width of the images, in pixels
-    limit     how many images; None: all of them
+    limit     how many images; None: all of them (of shapes 60,000 to train, of signs 30,000)
     data_dir  where the files lie; shapes and signs need none
     seed      of whatever is drawn at random: shapes, signs, or which images a limit keeps
     Raises ValueError or OSError, one line that says what to do.
@@ -251,7 +251,7 @@ def read_image(path, size):
 
 @contextmanager
 def lenient_pillow():
-    """Pillow does not warn of odd files, and upright() alone refuses too large pictures."""
+    """Here Pillow neither warns of odd files nor refuses large ones, which upright() does."""
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         with warnings.catch_warnings():
@@ -405,7 +405,8 @@ def is_picture(name):
 
 
 def report(title, top, files, captions, N, left_out):
-    """One line on stderr: how many pictures there are, and how many were left out, and why."""
+    """One line on stderr: how many pictures there are, and how many were left out, and why. Raises
+    ValueError if there is none."""
     left_out = {"without captions": sum(map(is_picture, files.keys() - captions.keys())),
                 "missing": len(captions.keys() - files.keys()), **left_out}
     reasons = ", ".join(f"{n:,} {why}" for why, n in left_out.items() if n)
@@ -470,7 +471,7 @@ def read_cifar(source, names):
 
 
 class ArrayUnpickler(pickle.Unpickler):
-    """A pickle names functions to be called, any at all. This one knows only what makes arrays."""
+    """A pickle may name any function, and unpickling calls it. This one calls what makes arrays."""
     make = np.empty(0).__reduce__()[0]
     known = {("numpy.core.multiarray", "_reconstruct"): make,     # its name in the official archive
              ("numpy._core.multiarray", "_reconstruct"): make,    # and since numpy 2
@@ -528,6 +529,7 @@ def coco(split, size, limit, data_dir, seed):
     content = parse_json(file.read_bytes(), file)
     try:
         names = {image["id"]: nfc(image["file_name"]) for image in content["images"]}
+        # A caption of an unknown picture counts as one of a missing file, named by its id.
         captions, empty = gather((names.get(a["image_id"], a["image_id"]), a["caption"])
                                  for a in content["annotations"])
     except (KeyError, TypeError) as error:
@@ -554,12 +556,12 @@ def folder(split, size, limit, data_dir, seed):
     """
     tops = halves(given_folder("folder", data_dir))
     files = {top: files_in(top) for top in set(tops.values())}
-    said = {top: captions_in(files[top]) for top in files}
+    found = {top: captions_in(files[top]) for top in files}
     # Both splits number the same classes, though one of them may have no picture of some.
-    classes = sorted({kind for _, kinds, _ in said.values() for kind in kinds.values()})
-    top, files, (captions, kinds, empty) = tops[split], files[tops[split]], said[tops[split]]
+    classes = sorted({kind for _, class_of, _ in found.values() for kind in class_of.values()})
+    top, files, (captions, class_of, empty) = tops[split], files[tops[split]], found[tops[split]]
     names, broken = sorted(files.keys() & captions.keys()), 0
-    if len(said) == 1:
+    if len(found) == 1:
         sound, at_32 = read_images(files, names, 32, "folder, to split it")
         broken = len(names) - len(sound)
         names = [name for name, held in zip(sound, held_out(at_32)) if held == (split != "train")]
@@ -568,7 +570,8 @@ def folder(split, size, limit, data_dir, seed):
     how = "metadata.jsonl" if "metadata.jsonl" in files else f"{len(classes)} classes"
     report(f"folder {split}, {how}", top, files, captions, len(names),
            {"broken": broken + len(chosen) - len(names), "empty captions": empty})
-    labels = {"class": torch.tensor([classes.index(kinds[k]) for k in names])} if kinds else {}
+    numbers = torch.tensor([classes.index(class_of[k]) for k in names if class_of])
+    labels = {"class": numbers} if class_of else {}
     sided = any(re.search(r"\b(left|right)\b", text, re.I)
                 for texts in captions.values() for text in texts)
     return Dataset(images, [captions[name] for name in names], labels, classes, flips=not sided)
@@ -591,9 +594,9 @@ def captions_in(files):
     if "metadata.jsonl" in files:
         captions, empty = gather(read_metadata(files["metadata.jsonl"]))
         return captions, {}, empty
-    kinds = {name: clean(name.split("/")[0].replace("_", " ")) for name in files
+    class_of = {name: clean(name.split("/")[0].replace("_", " ")) for name in files
              if name.count("/") == 1 and is_picture(name)}
-    return {name: class_captions(kind) for name, kind in kinds.items()}, kinds, 0
+    return {name: class_captions(kind) for name, kind in class_of.items()}, class_of, 0
 
 
 def read_metadata(file):

@@ -5,7 +5,8 @@
 
 Each experiment is a function of a Bench that returns the rows of a table. Its docstring says what
 it asks, and stands above the table in results/README.md. A tensor in a row is one measurement for
-each picture. The table has its mean (of bools: the share of what is true), with a 95 % interval.
+each picture (of priors: for each caption). The table has its mean (of bools: the share of what is
+true), with a 95 % interval.
 
 Next chapter: checkpoints.py, the last.
 """
@@ -139,7 +140,7 @@ class Bench:
         return to_uint8(self.portions("upsampler", f, x, range(len(x)), size=16)).cpu()
 
     def renders(self, captions, side=None, first=0):
-        """A render of each caption. Its scene is number `first` + the caption's index."""
+        """A render of each caption. Scenes are numbered from `first`: others are other scenes."""
         scenes = [scenes_for(caption, 1, f"bench/{self.seed}/{first + i}")[0]
                   for i, caption in enumerate(captions)]
         return render(scenes, side or self.side, "renders")
@@ -178,8 +179,8 @@ def noun(colour, shape):
 def conditions(bench, captions):
     """Yields (what the decoder is given, the pictures that it draws of the captions).
 
-    Renders, and what the guided decoder draws of the priors' z_i, are of all captions; the others
-    are of the first quarter.
+    Renders, also shuffled, and what the guided decoder draws of the priors' z_i are of all
+    captions; the others are of the first quarter.
     """
     N, renders = len(captions), bench.renders(captions)
     few = captions[:(N + 3) // 4]
@@ -203,8 +204,8 @@ def judge_itself(bench):
 
     It reads validation renders. Of two solids, what it says of both must be right. Position: the
     centre of a solid's outline."""
-    split = bench.validation(bench.most(2000), side=32)
-    seen, truth, rows = bench.judge.read(split.images), split.labels, []
+    dataset = bench.validation(bench.most(2000), side=32)
+    seen, truth, rows = bench.judge.read(dataset.images), dataset.labels, []
     for name, count in ("one solid", 1), ("two solids", 2):
         k = truth["count"] == count
         off = (seen["position"] - truth["position"])[k, :count]
@@ -443,12 +444,12 @@ def clip(bench):
     Each validation picture gives one caption, its first. CLIP picks the closest caption for each
     picture, and the closest picture for each caption. True: the caption is true of the scene. Many
     captions are true of a picture ("a cube", "a photo of a red cube")."""
-    split, rows = bench.validation(bench.most(500)), []
-    texts = sorted({captions[0] for captions in split.captions})
-    score = (bench.encode(split.images) @ bench.z_t(texts).T).cpu()              # (N, texts)
-    true = torch.tensor([[is_true(text, split.labels, i) for text in texts]
-                         for i in range(len(split))])
-    one = split.labels["count"] == 1
+    dataset, rows = bench.validation(bench.most(500)), []
+    texts = sorted({captions[0] for captions in dataset.captions})
+    score = (bench.encode(dataset.images) @ bench.z_t(texts).T).cpu()              # (N, texts)
+    true = torch.tensor([[is_true(text, dataset.labels, i) for text in texts]
+                         for i in range(len(dataset))])
+    one = dataset.labels["count"] == 1
     for name, asked, answers in (("a picture of one solid", score[one], true[one]),
                                  ("a picture of two", score[~one], true[~one]),
                                  ("a caption", score.T, true.T)):
@@ -534,11 +535,11 @@ def upsampler(bench):
     sharpness (gradient energy, as a ratio) compare with renders of the same scenes at full size,
     and are told for area means of these, too: they are cleaner than small renders."""
     factor = bench.unclip.part("upsampler").config.factor
-    split, full = (bench.validation(bench.most(200), side)
+    dataset, full = (bench.validation(bench.most(200), side)
                    for side in (bench.side, bench.side * factor))
-    small, large, rows = split.images, full.images, []
+    small, large, rows = dataset.images, full.images, []
     means = to_uint8(F.avg_pool2d(to_float(large), factor))
-    drawn = bench.draw([captions[0] for captions in split.captions], bench.encode(small))
+    drawn = bench.draw([captions[0] for captions in dataset.captions], bench.encode(small))
     with FlopCounterMode(display=False) as counter:
         bench.enlarged(small[[0] * 4])                   # the upsampler works on four at a time
     plain = lambda x, mode="bicubic": to_uint8(F.interpolate(
@@ -548,7 +549,7 @@ def upsampler(bench):
                 "drawn": drawn, "drawn, upsampled": bench.enlarged(drawn)}
     for name, x in pictures.items():
         row = {"pictures": name, "of": len(x),
-               "solids right %": same(bench.judge.read(x), split.labels)}
+               "solids right %": same(bench.judge.read(x), dataset.labels)}
         if name in ("bicubic", "upsampled", "area means, upsampled"):
             row |= {"PSNR, dB": psnr(x, large),
                     "sharpness": ratio(gradient_energy(x), gradient_energy(large))}
@@ -563,15 +564,15 @@ def upsampler(bench):
 
 
 def renders_and_others(bench, N, alone=True):
-    """N validation renders, and for each another, whose first solid has neither the colour nor the
-    shape: twice (pictures, labels). alone: only renders of one solid."""
-    split = bench.validation(10 * max(10, N))
-    pool = ((split.labels["count"] == 1) | (not alone)).nonzero()[:, 0]
-    colour, shape = (split.labels[key][pool, 0] for key in ("colour", "shape"))
+    """N validation renders, and for each another, whose first solid has another colour and another
+    shape → [(pictures, labels), (pictures, labels)]. alone: only renders of one solid."""
+    dataset = bench.validation(10 * max(10, N))
+    pool = ((dataset.labels["count"] == 1) | (not alone)).nonzero()[:, 0]
+    colour, shape = (dataset.labels[key][pool, 0] for key in ("colour", "shape"))
     fits = (colour[:N, None] != colour) & (shape[:N, None] != shape)             # (N, pool)
     g = torch.Generator().manual_seed(bench.seed)
     other = pool[torch.multinomial(fits.float(), 1, generator=g)[:, 0]]
-    return [(split.images[i], {key: v[i] for key, v in split.labels.items()})
+    return [(dataset.images[i], {key: v[i] for key, v in dataset.labels.items()})
             for i in (pool[:N], other)]
 
 
@@ -626,8 +627,8 @@ def vary(bench):
 
     One variation of each validation render, at every eta. Kept: the solids are there, each in its
     colour and shape. The last row is how unrelated renders differ."""
-    split = bench.validation(bench.most(350))
-    images, labels, one = split.images, split.labels, split.labels["count"] == 1
+    dataset = bench.validation(bench.most(350))
+    images, labels, one = dataset.images, dataset.labels, dataset.labels["count"] == 1
     (z_i, x_T), saw = bench.latents(images), bench.judge.read(images)
 
     def measure(x, seen):
@@ -709,8 +710,8 @@ def pca(bench):
 
     z_i of validation renders on its first k axes, and the mean on the others, each decoded from the
     same noise for every k. The paper finds the coarse meaning first, and details later."""
-    split, mean = bench.validation(bench.most(200)), bench.unclip.clip.mean
-    images, labels, one = split.images, split.labels, split.labels["count"] == 1
+    dataset, mean = bench.validation(bench.most(200)), bench.unclip.clip.mean
+    images, labels, one = dataset.images, dataset.labels, dataset.labels["count"] == 1
     z_i = bench.encode(images)
     noise, variances = bench.x_T(len(images)), (z_i - mean).square().mean(0)
 
@@ -739,13 +740,13 @@ def cifar10(bench):
     away than many, so compare equal numbers."""
     train, test = (load("cifar10", split, limit=bench.most(50_000), data_dir=bench.data_dir)
                    for split in ("train", "validation"))
-    judge = load_judge(bench.weights, "classifier", bench.unclip.device, bench.data_dir)
-    reference, rows, n = judge.features(train.images), [], bench.most(100)
+    classifier = load_judge(bench.weights, "classifier", bench.unclip.device, bench.data_dir)
+    reference, rows, n = classifier.features(train.images), [], bench.most(100)
 
     def add(name, images, classes):
         rows.append({"pictures": name, "number": len(images),
-                     "class right %": judge.read(images)["class"] == classes,
-                     "Fréchet distance": frechet(judge.features(images), reference)})
+                     "class right %": classifier.read(images)["class"] == classes,
+                     "Fréchet distance": frechet(classifier.features(images), reference)})
 
     prompts = [class_captions(name)[0] for name in CIFAR_CLASSES]
     y, asked = [y for y in prompts for _ in range(n)], torch.arange(10).repeat_interleave(n)
@@ -863,8 +864,8 @@ in %. A share of pictures is followed by its 95 % interval (Wilson), a mean over
 of its interval. Every picture has noise of its own, unless a table says otherwise.
 
 What the paper says, and whether it holds here, where the truth is known. "yes": the first share is
-larger than the second by more than chance explains (95 %). "no": it is smaller by as much. "not
-shown": the difference may be chance.
+larger than the second by more than chance explains (95 %). "no": it is smaller by more than that.
+"not shown": the difference may be chance.
 
 | section | the paper | here, % | holds | experiment |
 | --- | --- | --- | --- | --- |"""
@@ -931,8 +932,8 @@ def command(argv):
     add("--out", default=Path("results"), type=Path, metavar="DIR",
         help="gets README.md and its figures (default: %(default)s)")
     add("--seed", default=0, type=int, help="of all that is random (default: %(default)s)")
-    add("--n", type=int, help="at most so many captions, or rounds of them: a quick look, for "
-        "another --out")
+    add("--n", type=int, help="at most so many captions, or rounds of them, for a quick look; "
+        "give another --out as well")
     add("--data-dir", help="where cifar10 (default: downloaded), coco or the folder is")
     args = parser.parse_args(argv)
     for name, least in ("n", 3), ("seed", 0):

@@ -388,11 +388,11 @@ def form(images, asked, judge, **search):
     scenes = fit_scenes(images, asked, judge, **search)
     drawn = render(scenes, S)
     pixel = lambda v: round((min(max(v, -1), 1) + 1) / 2 * S)
-    for scene, pair in zip(scenes, torch.stack([images, drawn], 1)):
+    for scene, both in zip(scenes, torch.stack([images, drawn], 1)):
         solid = scene.solids[0]
         side, up, down = outline(solid, solid.k)
         half, edge = (up + down) / 2, 1 / 16                                     # a pixel of 32
-        box = pair[:, :, pixel(solid.y - half - edge):pixel(solid.y + half + edge),
+        box = both[:, :, pixel(solid.y - half - edge):pixel(solid.y + half + edge),
                    pixel(solid.x - side - edge):pixel(solid.x + side + edge)]
         decibels.append(psnr(box[:1], box[1:]))
     return torch.cat(decibels), drawn

@@ -4,8 +4,8 @@
     python sample.py "a red cube" --show         # and steps.png: how the first one came about
     python sample.py --edit cube.png --to "a blue cube" --from "a red cube"
 
-A wrong command is refused before anything is written. Pictures are written as they are drawn.
-Paths go to stdout, everything else to stderr. Next chapter: shapes.py.
+A wrong command is refused before anything is written. Pictures of prompts are
+written as they are drawn. Paths go to stdout, everything else to stderr. Next chapter: shapes.py.
 """
 
 import math
@@ -57,7 +57,7 @@ def command(argv):
             unclip.part(PRIORS[args.prior or "diffusion"])
     with about(f"--{task}"):
         given = [to_float(read_image(file, side))[None].to(unclip.device) for file in args.files]
-    check_captions(args, unclip, ignored)
+    warn(args, unclip, ignored)
     write(args, from_pictures(task, args, unclip, *given) if given else from_prompts(args, unclip))
     if args.show:
         write_steps(args, unclip)
@@ -166,7 +166,7 @@ def parse(argv):
         help=f"1: unguided (default: {DEFAULT['guidance']}; for pictures 1)")
     add("--steps", type=int, help=f"of the decoder (default: {DEFAULT['steps']}; for pictures 50)")
     add("--eta", type=float, metavar="E",
-        help=f"fresh noise, from 0 to 1 (default: {DEFAULT['eta']}; for pictures 0, to vary 1)")
+        help=f"fresh noise, from 0 to 1, for prompts and --vary (default: {DEFAULT['eta']})")
     add("--no-upsample", action="store_true", help="stop at the decoder's size")
     add("--prior", choices=["diffusion", "ar", "text", "none"],
         help="text: z_t, on its main axes, for z_i; none: the caption alone (default: diffusion)")
@@ -215,17 +215,17 @@ def understand(args):
 
 def check_numbers(args):
     most_n = max(1, MOST // max(1, len(args.prompts)))
-    for key, least, most in (("n", 2 if args.interpolate else 1, most_n), ("seed", 0, math.inf), ("eta", 0, 1),
-                             ("steps", 2 if args.files else 1, 1000),     # see Diffusion.invert
-                             ("guidance", -100, 100)):
+    for key, least, most in (("n", 2 if args.interpolate else 1, most_n), ("seed", 0, math.inf),
+                             ("eta", 0, 1), ("guidance", -100, 100),
+                             ("steps", 2 if args.files else 1, 1000)):    # see Diffusion.invert
         value = getattr(args, key)
         if value is not None and not least <= value <= most:              # true of nan, too
             choices = f"from {least} to {most}" if most < math.inf else f"{least} or more"
             raise ValueError(f"--{key} {value}: choose {choices}")
 
 
-def check_captions(args, unclip, ignored):
-    """Refuse captions that can't be read; warn of what the user may not mean."""
+def warn(args, unclip, ignored):
+    """Tell what the user may not mean. Refuse captions that can't be read."""
     if args.captions:
         unclip.clip.tokenizer(args.captions)
     for caption in dict.fromkeys(args.captions):

@@ -77,7 +77,8 @@ SIZES = ["small", "large"]
 RELATIONS = ["alone", "left of", "on top of"]    # "right of" is another wording of "left of"
 UNSEEN = {("purple", "cylinder"), ("orange", "sphere"), ("cyan", "cone"), ("gray", "sphere")}
 
-RENDERER_VERSION = 5    # raise it whenever a picture or a caption changes: it names the cache
+# Raise it whenever a picture or a caption changes: it names the cache, and seeds every scene.
+RENDERER_VERSION = 5
 
 
 @dataclass

@@ -53,7 +53,7 @@ class UnCLIP:
         if self.parts[name] is None:
             raise ValueError(f"there are no weights of the {name.replace('_', ' ')}: python "
                              f"train.py --stage {name.replace('_', '-')} --data "
-                             f"{self.clip.trained['data']} makes them")
+                             f"{self.clip.trained['data']}, with the --out of its CLIP, makes them")
         return self.parts[name]
 
     # ---- Drawing (sec. 2) ------------------------------------------------------------------
@@ -210,8 +210,8 @@ class UnCLIP:
         """A text diff (sec. 3.3): n pictures from x (1, 3, H, W) towards the caption `to`.
 
         z_i turns towards norm(z_t − z_t0) by a fraction that rises from 0 to theta (n = 1: theta);
-        the paper chooses a theta from 0.25 to 0.5. z_t0 belongs to the picture's present caption, or to a
-        dummy such as "a photo". x_T stays that of x.
+        the paper chooses a theta from 0.25 to 0.5. z_t0 belongs to the picture's present caption,
+        or to a dummy such as "a photo". x_T stays that of x.
         """
         z_d = self.text_diff([to], [base])
         z_i, x_T = self.latent(x, steps)
