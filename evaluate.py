@@ -352,11 +352,11 @@ def diversity(bench):
     """What does guidance cost? (Sec. 5.3, Fig. 9 to 11.)
 
     "a cube" leaves open its colour, its place and the floor. unCLIP draws z_i, which holds them,
-    before guidance acts. The text-only decoder was trained on captions alone (weights/README.md
-    says from what it began). It has no z_i, so guidance acts on all that it draws. Entropy: of the
-    colours of what the judge calls a cube; 1: all are equally frequent. Std: of places and of the
-    floor's tint, as a ratio to renders. Fréchet: the distance, in the judge's features, from four
-    times as many other renders; the first row is what so many pictures can reach. 32 steps."""
+    before guidance acts. The text-only decoder was trained on captions alone. It has no z_i, so
+    guidance acts on all that it draws. Entropy: of the colours of what the judge calls a cube; 1:
+    all are equally frequent. Std: of places and of the floor's tint, as a ratio to renders.
+    Fréchet: the distance, in the judge's features, from four times as many other renders; the
+    first row is what so many pictures can reach. 32 steps."""
     N, judge, rows, lines, shown, rare = bench.most(256), bench.judge, [], {}, [], {}
     captions = ["a cube"] * N
     data = bench.renders(4 * captions, first=N)
@@ -385,9 +385,11 @@ def diversity(bench):
         colours = judge.read(x)["colour"][rows[-1]["cubes %"], 0]
         rare[name] = colours != torch.bincount(colours, minlength=len(COLOURS)).argmax()
     if bench.text_only:
+        far = [f"{line[0][1]:.3g} to {line[-1][1]:.3g}"             # at least and most guidance
+               for line in lines["Fréchet distance"].values()]
         bench.claim("5.3", "guided by 6, a larger share of unCLIP's cubes than of a text-only "
-                    "decoder's is not of the most frequent colour",
-                    *(rare[name] for name in ("diffusion prior", "text-only decoder")))
+                    "decoder's is not of the most frequent colour", *rare.values(),
+                    f"but its Fréchet distance grew from {far[0]} only, the other's from {far[1]}")
     bench.figure("diversity", torch.cat(shown), 8, "\"a cube\" at guidance 1, 3 and 6, by "
                  f"{', '.join(decoders)}.")
     write_png(bench.out / "guidance.png", line_charts(lines, "guidance"))
