@@ -160,7 +160,7 @@ def load_parts(folder, device="cpu"):
     clip = found.get("clip") or load_part(shipped / "clip.pt", device)
 
     def misfit(model):
-        """The settings that a part and its CLIP share, but not in value, as text."""
+        """The settings that a part and its CLIP both have and in which they differ, as text."""
         both = {key: getattr(clip.config, key) for key in ("image_size", "dim", "vocab", "context")}
         return ", ".join(f"{key} {its}, not {own}" for key, own in both.items()
                          if (its := getattr(model.config, key, own)) != own)

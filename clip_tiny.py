@@ -278,7 +278,7 @@ class CLIP(nn.Module):
         differs from the paper: captions repeat within a batch here. All pictures of one caption are
         right answers for it, and share the target equally. Else the loss would push them apart.
         """
-        with torch.no_grad():      # in place: a clamp in the graph has no gradient at its limit
+        with torch.no_grad():   # in place: a clamp in the graph has no gradient above its limit
             self.logit_scale.clamp_(max=math.log(100))
         z_i, z_t = self.encode_image(x), self.encode_text(tokens)    # (B, D) each
         with torch.autocast(x.device.type, enabled=False):           # bf16 is too coarse here

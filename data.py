@@ -570,8 +570,8 @@ def folder(split, size, limit, data_dir, seed):
     how = "metadata.jsonl" if "metadata.jsonl" in files else f"{len(classes)} classes"
     report(f"folder {split}, {how}", top, files, captions, len(names),
            {"broken": broken + len(chosen) - len(names), "empty captions": empty})
-    numbers = torch.tensor([classes.index(class_of[k]) for k in names if class_of])
-    labels = {"class": numbers} if class_of else {}
+    labels = {"class": torch.tensor([classes.index(class_of[k]) for k in names])} \
+        if class_of else {}
     sided = any(re.search(r"\b(left|right)\b", text, re.I)
                 for texts in captions.values() for text in texts)
     return Dataset(images, [captions[name] for name in names], labels, classes, flips=not sided)

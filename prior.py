@@ -76,7 +76,7 @@ class DiffusionPrior(nn.Module):
         v (B, D)."""
         B, L = tokens.shape
         text = self.token(tokens)                                             # (B, L, width)
-        # Both factors bring coordinates to order 1.
+        # The factors of z_t and z_i_t bring their coordinates to order 1.
         z_t = self.z_t(z_t * self.config.dim ** 0.5)[:, None]                 # (B, 1, width)
         time = self.time(timestep_embedding(t, self.config.width))[:, None]   # (B, 1, width)
         z_i_t = self.z_i(z_i_t / self.SCALE)[:, None]                         # (B, 1, width)
@@ -180,7 +180,7 @@ class ARPrior(nn.Module):
         self.codes, self.dots = Codes(c.components, c.buckets), Codes(1, c.buckets)
         self.token = nn.Embedding(c.vocab, c.width)
         self.z_t = nn.Linear(c.dim, c.width)
-        # The last row of both is never read, since the last code is only a target.
+        # The last row of these two is never read: the last code is only a target.
         self.symbol = nn.Parameter(torch.randn(1 + c.components, c.buckets, c.width) * 0.02)
         self.position = nn.Parameter(torch.randn(c.context + 2 + c.components, c.width) * 0.02)
         self.transformer = Transformer(c.width, c.depth)

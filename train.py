@@ -288,7 +288,7 @@ class Pairs:
 
     def __init__(self, dataset, tokenizer, clip, device, shift=False, small=None):
         self.tokenizer, self.clip = tokenizer, clip
-        self.shift = shift and dataset.flips     # of pictures like photographs, which are few
+        self.shift = shift and dataset.flips     # photographs and the like: they are few
         self.images, self.flips = dataset.images.to(device), dataset.flips         # (N, 3, H, W)
         self.small = small and small.images.to(device)                     # (N, 3, H/4, W/4)
         self.texts = sorted({y for ys in dataset.captions for y in ys})
