@@ -238,11 +238,12 @@ def wilson(right):
 
 
 def larger(a, b):
-    """a (N,), b (M,) bool: is the share of True larger in a, by more than the 95 % interval of the
-    difference (Agresti & Caffo 2000, who add one True and one False to each)?"""
-    p_ab = [((x.sum() + 1) / (len(x) + 2)).item() for x in (a, b)]
-    variance = sum(p * (1 - p) / (len(x) + 2) for p, x in zip(p_ab, (a, b)))
-    return p_ab[0] - p_ab[1] > 1.96 * math.sqrt(variance)
+    """a (N,), b (M,): is the mean of a larger, by more than the 95 % interval of the difference? Of
+    bools the mean is a share; they get one True and one False more each (Agresti & Caffo 2000)."""
+    if a.dtype == torch.bool:
+        a, b = (torch.cat([x, x.new_tensor([True, False])]).float() for x in (a, b))
+    variance = sum((x - x.mean()).square().mean() / len(x) for x in (a, b))
+    return bool(a.mean() - b.mean() > 1.96 * variance.sqrt())
 
 
 def ratio(x, to):
@@ -264,9 +265,10 @@ def gradient_energy(images):
 
 
 def entropy(classes, n):
-    """Entropy of the frequencies of integers below n, over log n: 1 if all are equally frequent."""
-    p = torch.bincount(classes, minlength=n) / max(1, len(classes))
-    return -(p * p.clamp(min=1e-12).log()).sum().item() / math.log(n)
+    """Integers below n (N,) → (N,) numbers. Their mean is the entropy of the integers' frequencies,
+    over log n: 1 if all are equally frequent. Its interval is that of this mean (delta method)."""
+    p = torch.bincount(classes, minlength=n) / len(classes)
+    return -p[classes].log() / math.log(n)
 
 
 def spread(x):
