@@ -146,7 +146,7 @@ def check_clip(model, clip, path):
 def load_parts(folder, device="cpu"):
     """The parts of a folder and, where it lacks one, the shipped part of the same CLIP → {part:
     model}. A line on stderr names each shipped part. Raises ValueError or OSError, in one line."""
-    folder = Path(folder)
+    folder, device = Path(folder), find_device(device)
     there = [part for part in ALL_PARTS if (folder / f"{part}.pt").exists()]
     if not there:
         raise FileNotFoundError(f"{folder}: no folder with weights (clip.pt, decoder.pt, …); "

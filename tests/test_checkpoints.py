@@ -157,6 +157,11 @@ def test_a_part_of_another_clip_or_of_another_size_than_its_clips_is_refused(
         load_parts(shipped)
 
 
+def test_a_device_that_is_not_there_is_refused_in_one_line(shipped):
+    with pytest.raises(ValueError, match="^--device nowhere: not to be had here.*cpu$"):
+        load_parts(shipped, "nowhere")
+
+
 # ---- Commands ------------------------------------------------------------------------------------
 
 def raising(error):
