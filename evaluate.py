@@ -155,7 +155,7 @@ class Bench:
         """Note a claim of the paper. It holds if the mean (of bools: the share of True) of a (N,)
         is larger than that of b (M,), by more than chance explains. Few pictures may leave it open.
         reason: why it may fail here; it is told if it does."""
-        here = [f"{with_interval(share)} of {len(share)}" for share in (a, b)]
+        here = [f"{with_interval(x)} of {len(x)}" for x in (a, b)]
         holds = "yes" if larger(a, b) else "no" if larger(b, a) else "not shown"
         holds += f": {reason}" if reason and holds != "yes" else ""
         self.claims.append(f"> {section} | {says} | {', '.join(here)} | {holds}")  # for run()
@@ -383,9 +383,9 @@ def diversity(bench):
             if s in (1.0, 3.0, 6.0):
                 shown.append(x[:8])
     if bench.text_only:
+        ours, its = (row["entropy of colour"] for row in (rows[6], rows[-1]))    # guided by 6
         bench.claim("5.3", "guided by 6, unCLIP's cubes have more entropy of colour than a "
-                    "text-only decoder's", *(row["entropy of colour"] for row in
-                                             (rows[6], rows[-1])))
+                    "text-only decoder's", ours, its)
     bench.figure("diversity", torch.cat(shown), 8, "\"a cube\" at guidance 1, 3 and 6, by "
                  f"{', '.join(decoders)}.")
     write_png(bench.out / "guidance.png", line_charts(lines, "guidance"))
