@@ -83,8 +83,8 @@ def save_part(path, part, model, trained, half=False):
 def load_part(path, device="cpu", parts=ALL_PARTS):
     """The model in <part>.pt, in eval mode, with .clip_id, .trained (and CLIP's .tokenizer).
 
-    parts: a table like PARTS. Raises ValueError or OSError, in one line that names the file, for
-    anything that is not a sound checkpoint of that part.
+    parts: a table like PARTS. Raises ValueError or OSError, in one line: of a device that is not
+    there, or that names the file, for anything that is not a sound checkpoint of that part.
     """
     checkpoint, part = read_torch(path), Path(path).stem
     try:
@@ -106,7 +106,7 @@ def load_part(path, device="cpu", parts=ALL_PARTS):
         reason = (str(error) or type(error).__name__).splitlines()[-1].strip()
         raise ValueError(f"{path}: its content does not fit this code ({reason}); train it again, "
                          f"or use another file") from None
-    model.to(device, memory_format=torch.channels_last)      # a CPU convolves faster so
+    model.to(find_device(device), memory_format=torch.channels_last)     # a CPU convolves faster so
     return model.eval().requires_grad_(False)
 
 
@@ -146,7 +146,7 @@ def check_clip(model, clip, path):
 def load_parts(folder, device="cpu"):
     """The parts of a folder and, where it lacks one, the shipped part of the same CLIP → {part:
     model}. A line on stderr names each shipped part. Raises ValueError or OSError, in one line."""
-    folder, device = Path(folder), find_device(device)
+    folder = Path(folder)
     there = [part for part in ALL_PARTS if (folder / f"{part}.pt").exists()]
     if not there:
         raise FileNotFoundError(f"{folder}: no folder with weights (clip.pt, decoder.pt, …); "

@@ -379,7 +379,8 @@ def diversity(bench):
             rows.append({"pictures from": name, "guidance": s, "pictures": N, **measure(x)})
             for key in ("cubes %", "entropy of colour", "Fréchet distance"):
                 line = lines.setdefault(key.replace(" %", ", share"), {}).setdefault(name, [])
-                line.append((s, torch.as_tensor(rows[-1][key]).float().mean().nan_to_num().item()))
+                mean = torch.as_tensor(rows[-1][key]).float().mean()
+                line.append((s, mean.nan_to_num().item()))               # nan: no cube is there
             if s in (1.0, 3.0, 6.0):
                 shown.append(x[:8])
     if bench.text_only:

@@ -265,8 +265,8 @@ def gradient_energy(images):
 
 
 def entropy(classes, n):
-    """Integers below n (N,) → (N,) numbers. Their mean is the entropy of the integers' frequencies,
-    over log n: 1 if all are equally frequent. Its interval is that of this mean (delta method)."""
+    """Integers below n (N,) → −log of how frequent each one's value is, over log n (N,). The mean
+    is the entropy: 1 if all are equally frequent. Its interval is that of a mean (delta method)."""
     p = torch.bincount(classes, minlength=n) / len(classes)
     return -p[classes].log() / math.log(n)
 

@@ -158,8 +158,9 @@ def test_a_part_of_another_clip_or_of_another_size_than_its_clips_is_refused(
 
 
 def test_a_device_that_is_not_there_is_refused_in_one_line(shipped):
-    with pytest.raises(ValueError, match="^--device nowhere: not to be had here.*cpu$"):
-        load_parts(shipped, "nowhere")
+    for load, path in (load_part, shipped / "clip.pt"), (load_parts, shipped):
+        with pytest.raises(ValueError, match="^--device nowhere: not to be had here.*cpu$"):
+            load(path, "nowhere")
 
 
 # ---- Commands ------------------------------------------------------------------------------------

@@ -34,3 +34,8 @@ def test_lines_have_at_most_100_columns_and_the_readme_names_every_file():
     for file in [*ROOT.glob("*.py"), *(ROOT / "tests").glob("*.py")]:
         assert all(len(line) <= 100 for line in file.read_text("utf-8").splitlines()), file.name
         assert f"`{file.name}`" in readme or "test" in file.stem, file.name
+
+
+def test_the_readme_installs_the_torch_that_the_requirements_pin():
+    torch_pin, *_ = (ROOT / "requirements.txt").read_text("utf-8").split()
+    assert f"pip install {torch_pin} --index-url" in (ROOT / "README.md").read_text("utf-8")
