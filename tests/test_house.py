@@ -1,5 +1,6 @@
 """The arrows between the files: imports only ever point down, and nothing imports a leaf."""
 import ast
+import re
 import sys
 
 from conftest import ROOT
@@ -34,6 +35,12 @@ def test_lines_have_at_most_100_columns_and_the_readme_names_every_file():
     for file in [*ROOT.glob("*.py"), *(ROOT / "tests").glob("*.py")]:
         assert all(len(line) <= 100 for line in file.read_text("utf-8").splitlines()), file.name
         assert f"`{file.name}`" in readme or "test" in file.stem, file.name
+
+
+def test_every_picture_and_page_that_a_page_links_to_is_there():
+    for page in ROOT / "README.md", ROOT / "results" / "README.md":
+        linked = re.findall(r'(?:\]\(|src=")([\w./-]+)[)"]', page.read_text("utf-8"))
+        assert len(linked) > 6 and [x for x in linked if not (page.parent / x).is_file()] == []
 
 
 def test_the_readme_installs_the_torch_that_the_requirements_pin():
