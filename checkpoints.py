@@ -131,16 +131,21 @@ def sound_weights(weights):
 
 # ---- Folders -----------------------------------------------------------------------------------
 
-def belongs(model, clip):
-    """Was this part trained on the embeddings of this CLIP? An upsampler belongs to no CLIP."""
-    return isinstance(model, Upsampler) or model.clip_id == clip.clip_id
+def misfit(model, clip):
+    """Why a part can't be used with this CLIP, as text; "" if it can. It must have learnt from the
+    embeddings of this CLIP (an upsampler needs none), and share the settings that both have."""
+    if not isinstance(model, Upsampler) and model.clip_id != clip.clip_id:
+        return f"belongs to another CLIP ({model.clip_id}, here is {clip.clip_id})"
+    both = {key: getattr(clip.config, key) for key in ("image_size", "dim", "vocab", "context")}
+    differ = [f"{key} {its}, not {own}" for key, own in both.items()
+              if (its := getattr(model.config, key, own)) != own]
+    return f"does not fit its CLIP ({', '.join(differ)})" if differ else ""
 
 
 def check_clip(model, clip, path):
-    """Refuse a part that was trained on the embeddings of another CLIP."""
-    if not belongs(model, clip):
-        raise ValueError(f"{path}: belongs to another CLIP ({model.clip_id}, here is "
-                         f"{clip.clip_id}); train it again on this one")
+    """Refuse a part that can't be used with this CLIP."""
+    if reason := misfit(model, clip):
+        raise ValueError(f"{path}: {reason}; train it again on this one")
 
 
 def load_parts(folder, device="cpu"):
@@ -158,22 +163,13 @@ def load_parts(folder, device="cpu"):
         raise FileNotFoundError(f"{folder}: clip.pt is missing; "
                                 f"copy the one of its parts' CLIP, or train all: python train.py")
     clip = found.get("clip") or load_part(shipped / "clip.pt", device)
-
-    def misfit(model):
-        """The settings that a part and its CLIP both have and in which they differ, as text."""
-        both = {key: getattr(clip.config, key) for key in ("image_size", "dim", "vocab", "context")}
-        return ", ".join(f"{key} {its}, not {own}" for key, own in both.items()
-                         if (its := getattr(model.config, key, own)) != own)
     for part, model in found.items():
         check_clip(model, clip, folder / f"{part}.pt")
-        if misfit(model):
-            raise ValueError(f"{folder}: the {part} does not fit its CLIP ({misfit(model)}); train "
-                             f"the {part} again")
     for part in PARTS:
         path = shipped / f"{part}.pt"
         if part not in found and path.exists():
             model = clip if part == "clip" else load_part(path, device)
-            if belongs(model, clip) and not misfit(model):
+            if not misfit(model, clip):
                 found[part] = model
                 say(f"{part}: not in {folder}, using the shipped {path}")
     return found

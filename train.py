@@ -110,8 +110,8 @@ def train(run):
     run.say(f"from step {state.step} to {r.steps}, {r.batch_size} pictures a step, on {run.device}")
     if not state.step and not run.args.restart and run.files["pt"].exists():
         run.say(f"{run.files['pt']} will be replaced: it has no state to go on from")
-    first, saved_at, began = state.step, time.monotonic(), time.monotonic() - state.seconds
-    bar = tqdm(desc=run.stage, total=r.steps, initial=first,         # in a file, two lines a minute
+    saved_at, began = time.monotonic(), time.monotonic() - state.seconds
+    bar = tqdm(desc=run.stage, total=r.steps, initial=state.step,    # in a file, two lines a minute
                mininterval=1 if sys.stderr.isatty() else 30)
     with open_log(run) as log, signals_heeded() as stopped, bar:
         write_log(log, state.rows)
@@ -127,7 +127,7 @@ def train(run):
                 save(run, state, pairs)
                 saved_at = time.monotonic()
         done = state.step == r.steps
-        if state.step > first or done and not run.made():
+        if state.step:                                   # a state of step 0 has nothing to tell
             save(run, state, pairs)
     run.say(f"{'finished' if done else 'stopped'} at step {state.step} of {r.steps}, after "
             f"{state.seconds / 60:.1f} minutes of training: {run.files['pt']}")
@@ -260,13 +260,13 @@ def load_pairs(run):
         limit = min(limit or LARGE_PICTURES, LARGE_PICTURES)
 
     def load(size):                                  # the few first: is a file missing?
-        return [data.load(run.args.data, split, size, n, run.args.data_dir)
-                for split, n in (("validation", VALIDATION_PICTURES), ("train", limit))][::-1]
+        few = data.load(run.args.data, "validation", size, VALIDATION_PICTURES, run.args.data_dir)
+        return data.load(run.args.data, "train", size, limit, run.args.data_dir), few
     sets = load(run.image_size * 4 if enlarges else run.image_size)
     tokenizer = run.clip and run.clip.tokenizer
     if learns_clip:
         most = dict(vocab=1024, context=64) if run.args.data == "shapes" else \
-            dict(vocab=4096, context=77)             # real captions are longer, with more words
+            dict(vocab=4096, context=77)             # other captions have more words
         tokenizer = Tokenizer.learn([y for ys in sets[0].captions for y in ys], **most)
         if run.initial:                                # --init's weights know its tokens alone
             run.initial.tokenizer.words |= tokenizer.words
@@ -296,10 +296,9 @@ class Pairs:
         self.how_many = torch.tensor([len(ys) for ys in dataset.captions], device=device)   # (N,)
         self.text_of = torch.tensor([[place[y] for y in ys] + [0] * (most - len(ys))
                                      for ys in dataset.captions], device=device)   # (N, most)
-        if clip:                           # (texts, L), (views, N, D), (texts, D)
-            self.tokens, self.z_i, self.z_t = self.embeddings()
-        elif tokenizer:
-            self.tokens = tokenizer(self.texts, truncate=True).to(device)
+        self.tokens = tokenizer and tokenizer(self.texts, truncate=True).to(device)    # (texts, L)
+        if clip:
+            self.z_i, self.z_t = self.embeddings()                 # (views, N, D), (texts, D)
         # For `validate`: the first 64 pictures of one solid, and of two; of any if that is unknown.
         solids = dataset.labels.get("count", torch.zeros(len(dataset)))
         self.groups = {name: (solids == k).nonzero()[:64, 0].to(device)
@@ -307,24 +306,21 @@ class Pairs:
 
     @torch.no_grad()
     def embeddings(self):
-        """Tokens, z_i and z_t of all, from the cache or computed now. The cache file's name is a
-        hash of all that they depend on: CLIP with its tokenizer, the pictures and the texts."""
+        """z_i and z_t of all, from the cache or computed now. The cache file's name is a hash of
+        all that they depend on: CLIP's weights, the pictures and the tokens."""
         views, D = [self.images, self.images.flip(3)][:1 + self.flips], self.clip.config.dim
-        digest = hashlib.sha256(repr((self.tokenizer.state(), self.texts)).encode())
-        for tensor in [self.images, *self.clip.state_dict().values()]:
+        digest = hashlib.sha256()
+        for tensor in [self.images, self.tokens, *self.clip.state_dict().values()]:
             digest.update(tensor.cpu().contiguous().numpy())
-        name = f"embeddings-v2-{digest.hexdigest()[:20]}.pt"
-        kept = data.read_cache(name, {"tokens": torch.zeros(0, dtype=torch.long),
-                                      "z_i": torch.zeros(0, len(self.images), D),
+        name = f"embeddings-v3-{digest.hexdigest()[:20]}.pt"
+        kept = data.read_cache(name, {"z_i": torch.zeros(0, len(self.images), D),
                                       "z_t": torch.zeros(0, D)})
         if kept is None or (len(kept["z_i"]), len(kept["z_t"])) != (len(views), len(self.texts)):
-            tokens = self.tokenizer(self.texts, truncate=True)
-            z_t = [self.clip.encode_text(y.to(self.images.device)) for y in tokens.split(500)]
-            kept = {"tokens": tokens.flatten(), "z_t": torch.cat(z_t).cpu(),
-                    "z_i": torch.stack([embed_images(self.clip, view) for view in views]).cpu()}
+            z_t = [self.clip.encode_text(y) for y in self.tokens.split(500)]
+            kept = {"z_i": torch.stack([embed_images(self.clip, view) for view in views]).cpu(),
+                    "z_t": torch.cat(z_t).cpu()}
             data.write_cache(name, kept)
-        kept["tokens"] = kept["tokens"].unflatten(0, (len(self.texts), -1))
-        return (kept[key].to(self.images.device) for key in ("tokens", "z_i", "z_t"))
+        return (kept[key].to(self.images.device) for key in ("z_i", "z_t"))
 
     def draw(self, n, generator):
         """n random pictures, each with one of its captions, mirrored or not → a batch (below)."""
@@ -358,7 +354,6 @@ class Pairs:
 @torch.no_grad()
 def embed_images(clip, images):
     """uint8 (N, 3, H, W) → z_i (N, D)."""
-    assert not clip.training
     return torch.cat([clip.encode_image(to_float(x)) for x in images.split(500)])
 
 
@@ -548,14 +543,13 @@ class State:
         self.sums.copy_(sound_weights({"sums": s.sums})["sums"])
         self.generator.set_state(s.generator)
         self.step, self.seconds, self.rows = s.step, s.seconds, s.rows
-        self.model.clip_id = s.clip_id
+        self.model.clip_id = self.ema.clip_id = s.clip_id
 
 
 def save(run, state, pairs):
     """Write the part, then the state, so that there is never a state without its part."""
     check_finite(run, state)
     part = copy.deepcopy(state.ema)
-    part.clip_id, part.tokenizer = state.model.clip_id, state.model.tokenizer
     if run.stage == "clip":       # a part trained on this copy will not fit a later copy
         part.clip_id += f"-{state.step}"
         part.fit_axes(embed_images(part, pairs.images[:AXES_PICTURES]))
@@ -636,16 +630,15 @@ def profile(run):
     """How fast a stage trains on this machine, and where its time goes: a row of a table. Nothing
     is saved."""
     (pairs, _), r, b = load_pairs(run), run.recipe, SimpleNamespace()
-    model = build(run, pairs)
-    state = State(run, model)
+    state = State(run, build(run, pairs))
 
     def forward():
         with autocast(run.device):
-            b.loss = STAGES[run.stage](model, b.batch, state.generator)
+            b.loss = STAGES[run.stage](state.model, b.batch, state.generator)
     phases = {"data": lambda: vars(b).update(batch=pairs.draw(r.batch_size, state.generator)),
              "forward": forward,
              "backward": lambda: (state.optimizer.zero_grad(), b.loss.backward(),
-                                  torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)),
+                                  torch.nn.utils.clip_grad_norm_(state.model.parameters(), 1.0)),
              "optimizer": state.optimizer.step, "EMA": state.update_ema}
     with FlopCounterMode(display=False) as counter:
         for phase in phases.values():                    # the first step is slower, and not timed

@@ -142,9 +142,9 @@ def test_what_a_folder_lacks_is_taken_from_the_shipped_parts_of_its_clip_and_sai
     *((part, dict(clip_id="other"), f"{part}.pt: belongs to another CLIP.*other.*tiny")
       for part in ("prior", "ar_prior", "decoder")),
     ("prior", dict(clip_id=None), "prior.pt: belongs to another CLIP"),
-    *((part, dict(image_size=64), f"{part} does not fit .*64, not 32")
+    *((part, dict(image_size=64), f"{part}.pt: does not fit .*64, not 32")
       for part in ("decoder", "upsampler")),
-    ("decoder", dict(dim=8), "decoder does not fit .*dim 8")])
+    ("decoder", dict(dim=8), "decoder.pt: does not fit .*dim 8")])
 def test_a_part_of_another_clip_or_of_another_size_than_its_clips_is_refused(
         shipped, part, changes, message):
     if "clip_id" not in changes:

@@ -438,7 +438,7 @@ def test_embeddings_are_kept_for_the_same_weights_pictures_and_captions_alone(
     make(d, shake(copy.deepcopy(clip)))
     assert len(counted) == 4 * views
     for file in tmp_path.iterdir():
-        torch.save({"tokens": first.tokens.flatten(), "z_i": first.z_i[:0], "z_t": first.z_t}, file)
+        torch.save({"z_i": first.z_i[:0], "z_t": first.z_t}, file)
     assert torch.equal(make(d, clip).z_i, first.z_i)         # what has another length is made anew
 
 
