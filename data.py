@@ -210,8 +210,7 @@ def signs(split, size, limit, data_dir, seed):
     N = limit or {"train": 30_000, "validation": 2_000}[split]
     rngs = [random.Random(f"signs/{seed}/{split}/{i}") for i in range(N)]
     words, kept_as = list(map(a_word, rngs)), f"signs-v1-{split}-{size}px-seed{seed}-{N}.pt"
-    like = {"images": torch.empty(0, 3, size, size, dtype=torch.uint8)}
-    kept = read_cache(kept_as, like)
+    kept = read_cache(kept_as, {"images": torch.empty(0, 3, size, size, dtype=torch.uint8)})
     if not kept or len(kept["images"]) != N:
         kept = {"images": torch.stack([draw_sign(word, rng, size) for word, rng in zip(
             tqdm(words, f"drawing {split} signs", delay=0.5), rngs)])}
@@ -595,7 +594,7 @@ def captions_in(files):
         captions, empty = gather(read_metadata(files["metadata.jsonl"]))
         return captions, {}, empty
     class_of = {name: clean(name.split("/")[0].replace("_", " ")) for name in files
-             if name.count("/") == 1 and is_picture(name)}
+                if name.count("/") == 1 and is_picture(name)}
     return {name: class_captions(kind) for name, kind in class_of.items()}, class_of, 0
 
 

@@ -141,8 +141,8 @@ class Bench:
 
     def renders(self, captions, side=None, first=0):
         """A render of each caption. Scenes are numbered from `first`: others are other scenes."""
-        scenes = [scenes_for(caption, 1, f"bench/{self.seed}/{first + i}")[0]
-                  for i, caption in enumerate(captions)]
+        scenes = [scenes_for(caption, 1, f"bench/{self.seed}/{i}")[0]
+                  for i, caption in enumerate(captions, first)]
         return render(scenes, side or self.side, "renders")
 
     def figure(self, name, images, columns, caption):
@@ -328,21 +328,19 @@ def form_of_solids(bench):
     place, size, yaw, light and floor. The table has the PSNR, in dB, of the picture and this scene,
     at full size, in a box around the solid. The first row is what the fit itself loses, and the
     last column says how far cubes are below it."""
-    n, rows = bench.most(25), []
+    n = bench.most(25)
     pairs = [pair for shape in SHAPES for pair in (n * [
         (shape, colour) for colour in COLOURS if (colour, shape) not in UNSEEN])[:n]]
     captions = [noun(colour, shape) for shape, colour in pairs]
     drawn = bench.enlarged(bench.draw(captions, bench.z_i(captions)))
-    renders = bench.renders(captions, drawn.shape[-1])
-    for name, x in {"renders": renders,                  # first: the others are compared with them
-                    "small renders, upsampled": bench.enlarged(bench.renders(captions)),
-                    "drawn, by the diffusion prior": drawn}.items():
-        decibels, fitted = form(x, pairs, bench.judge, seed=bench.seed)
-        if name == "renders":
-            own = decibels
-        rows.append({"pictures": name, "of each shape": n,
-                     **{f"{shape}s": some for shape, some in zip(SHAPES, decibels.split(n))},
-                     "cubes, below renders": (own - decibels)[:n]})
+    pictures = {"renders": bench.renders(captions, drawn.shape[-1]),
+                "small renders, upsampled": bench.enlarged(bench.renders(captions)),
+                "drawn, by the diffusion prior": drawn}
+    fits = {name: form(x, pairs, bench.judge, seed=bench.seed) for name, x in pictures.items()}
+    own, fitted = fits["renders"][0], fits["drawn, by the diffusion prior"][1]
+    rows = [{"pictures": name, "of each shape": n,
+             **{f"{shape}s": some for shape, some in zip(SHAPES, decibels.split(n))},
+             "cubes, below renders": (own - decibels)[:n]} for name, (decibels, _) in fits.items()]
     shown = torch.cat([drawn[:min(8, n)], fitted[:min(8, n)]])
     bench.figure("form", shown, min(8, n), "Drawn cubes, and the scenes that fit them.")
     return rows
@@ -389,8 +387,7 @@ def diversity(bench):
                     "text-only decoder's", ours, its)
     bench.figure("diversity", torch.cat(shown), 8, "\"a cube\" at guidance 1, 3 and 6, by "
                  f"{', '.join(decoders)}.")
-    write_png(bench.out / "guidance.png", line_charts(lines, "guidance"))
-    bench.figures.append(("guidance", "Over the guidance scale."))
+    bench.figure("guidance", line_charts(lines, "guidance")[None], 1, "Over the guidance scale.")
     return rows
 
 
@@ -576,11 +573,11 @@ def renders_and_others(bench, N, alone=True):
 
 
 def decoded(bench, latents, measure):
-    """latents: a list of (cells, z_i, x_T, options of Bench.decode), one for each row. Returns the
+    """latents: a list of (cells, z_i, x_T), one for each row, with an eta if it is not 0. Returns
     rows (cells | measure(pictures, the judge's reading of them)), and the pictures of each row."""
     rows, shown = [], []
-    for cells, z_i, x_T, how in latents:
-        x = bench.decode(z_i, x_T, **how)
+    for cells, *latent in latents:
+        x = bench.decode(*latent)
         rows.append({**cells, "pictures": len(x), **measure(x, bench.judge.read(x))})
         shown.append(x)
     return rows, shown
@@ -610,7 +607,7 @@ def reconstruct(bench):
                 "judged as itself %": same(seen, labels),
                 "judged as the other %": same(seen, theirs)}
     rows, shown = decoded(bench, [
-        ({"decoded from": name, "std of x_T": start.std().item()}, z, start, {})
+        ({"decoded from": name, "std of x_T": start.std().item()}, z, start)
         for name, z, start in (("z_i, x_T", z_i, x_T), ("z_i, random x_T", z_i, noise),
                                ("the other's z_i, x_T", bench.encode(others), x_T))], measure)
     bench.strips("reconstruct", (images, *shown, others),
@@ -634,7 +631,7 @@ def vary(bench):
         kept = same(seen, labels)
         return {"one solid, kept %": kept[one], "two, both kept %": kept[~one],
                 **changes(x, seen, images, saw)}
-    rows, shown = decoded(bench, [({"eta": eta}, z_i, x_T, {"eta": eta})
+    rows, shown = decoded(bench, [({"eta": eta}, z_i, x_T, eta)
                                   for eta in (0.0, 0.25, 0.5, 0.75, 1.0)], measure)
     x = images.roll(1, 0)
     rows.append({"eta": "another render", "pictures": len(x), **measure(x, bench.judge.read(x))})
@@ -660,7 +657,7 @@ def interpolate(bench):
     measure = lambda x, seen: {"judged A %": same(seen, labels), "judged B %": same(seen, theirs),
                                "sharpness": ratio(gradient_energy(x), sharp)}
     rows, shown = decoded(bench, [
-        ({"x_T": way, "t": f"{k}/6"}, slerp(z_a, z_b, k / 6), slerp(start, end, k / 6), {})
+        ({"x_T": way, "t": f"{k}/6"}, slerp(z_a, z_b, k / 6), slerp(start, end, k / 6))
         for way, start, end in (("slerped", x_a, x_b), ("one noise", noise, noise))
         for k in range(7)], measure)
     bench.strips("interpolate", shown[:7], "From A to B, x_T slerped.")
@@ -693,7 +690,7 @@ def edit(bench):
         right = compare(to, seen)["all"]
         return {"colour changed, shape kept %": right[~reshaped],
                 "shape changed, colour kept %": right[reshaped], **changes(x, seen, images, saw)}
-    rows, shown = decoded(bench, [({"from": base, "θ": theta}, slerp(z_i, z_d, theta), x_T, {})
+    rows, shown = decoded(bench, [({"from": base, "θ": theta}, slerp(z_i, z_d, theta), x_T)
                                   for base, z_d, theta in ways], measure)
     bench.strips("edit", (images, *shown[:5]), "A render, and θ 0.1 to 0.5 from the present "
                  f"caption, to become {', '.join(to[:6])}.")
@@ -721,7 +718,7 @@ def pca(bench):
                 "relation %": (seen["relation"] == labels["relation"])[~one]}
     rows, shown = decoded(bench, [
         ({"axes": k, "variance %": (variances[:k].sum() / variances.sum()).item()},
-         torch.cat([z_i[:, :k], mean[k:].expand(len(z_i), -1)], 1), noise, {})
+         torch.cat([z_i[:, :k], mean[k:].expand(len(z_i), -1)], 1), noise)
         for k in (2 ** j for j in range(len(variances).bit_length()))], measure)
     bench.strips("pca", (*shown, images), "1, 2, 4, … axes, and the render.")
     return rows
@@ -824,20 +821,16 @@ def line_charts(charts, across, side=272):
     sheet = Image.new("RGB", (side * len(charts), side), "white")
     draw, left, right, top, bottom = ImageDraw.Draw(sheet), 40, 12, 24 + 14 * 3, 24
     for k, (title, lines) in enumerate(charts.items()):
-        points = [point for line in lines.values() for point in line]
-        x_0, x_1 = min(x for x, _ in points), max(x for x, _ in points)
-        y_1 = max(1e-9, *(y for _, y in points))                                 # from 0 upwards
-        place = lambda x, y: (
-            k * side + left + (x - x_0) / max(1e-9, x_1 - x_0) * (side - left - right),
-            side - bottom - max(y, 0) / y_1 * (side - top - bottom))
+        xs, ys = zip(*(point for line in lines.values() for point in line))
+        x_0, x_1, y_1 = min(xs), max(xs), max(1e-9, *ys)                        # y from 0 upwards
+        place = lambda x, y: (k * side + left + (x - x_0) / (x_1 - x_0) * (side - left - right),
+                              side - bottom - y / y_1 * (side - top - bottom))
         draw.text((k * side + left, 6), title.replace("é", "e"), "black")    # the font lacks it
         draw.line([place(x_0, y_1), place(x_0, 0), place(x_1, 0)], "black")
-        for text, (x, y), anchor in ((f"{y_1:.3g}", place(x_0, y_1), "rm"),
-                                     ("0", place(x_0, 0), "rm"), (f"{x_0:g}", place(x_0, 0), "mt"),
-                                     (across, place((x_0 + x_1) / 2, 0), "mt"),
-                                     (f"{x_1:g}", place(x_1, 0), "mt")):
-            dx, dy = (-4, 0) if anchor == "rm" else (0, 6)
-            draw.text((x + dx, y + dy), text, "black", anchor=anchor)
+        for y in 0, y_1:
+            draw.text((k * side + left - 4, place(x_0, y)[1]), f"{y:.3g}", "black", anchor="rm")
+        for x, text in (x_0, f"{x_0:g}"), ((x_0 + x_1) / 2, across), (x_1, f"{x_1:g}"):
+            draw.text((place(x, 0)[0], side - bottom + 6), text, "black", anchor="mt")
         for j, ((name, line), colour) in enumerate(zip(lines.items(), LINE_COLOURS)):
             draw.line([place(*point) for point in line], colour, width=2)
             draw.text((k * side + left + 8, 22 + 14 * j), name, colour)
@@ -940,7 +933,7 @@ def command(argv):
             raise ValueError(f"--{name} {getattr(args, name)}: choose {least} or more, below 2^64")
     check_out(args.out)
     page = args.out / "README.md"
-    if page.exists() and not page.read_bytes().startswith(HEAD[:10].encode()):
+    if page.exists() and not page.read_bytes().startswith(b"# Results"):
         raise ValueError(f"{page}: not written by evaluate.py, and would be lost; choose another "
                          f"--out")
     device = find_device(args.device)

@@ -70,12 +70,12 @@ class Judge(nn.Module):
         return total
 
     @torch.no_grad()
-    def features(self, images, batch=500):
+    def features(self, images):
         """uint8 (N, 3, H, W), H a multiple of 32 → what its last layer decides on (N, C)."""
         device, H = self.head.weight.device, images.shape[-1]
         assert H % 32 == 0, f"pictures of {H} pixels have no whole area means of 32"
         return torch.cat([self.body(F.avg_pool2d(to_float(some.to(device)), H // 32))
-                          for some in images.split(batch)])
+                          for some in images.split(500)])
 
     @torch.no_grad()
     def read(self, images):
@@ -254,7 +254,7 @@ def ratio(x, to):
 
 
 def psnr(a, b):
-    """Peak signal-to-noise ratio of uint8 pictures (N, 3, H, W) → (N,), in dB."""
+    """Peak signal-to-noise ratio of uint8 pictures a (N, 3, H, W) to b, N or one → (N,), in dB."""
     return 10 * torch.log10(255 ** 2 / (a.float() - b.float()).square().mean((1, 2, 3)))
 
 
@@ -296,7 +296,8 @@ def energy_distance(x, y):
     """
     total = lambda a, b: torch.cdist(
         a, b, compute_mode="donot_use_mm_for_euclid_dist").sum((-2, -1))
-    n, m = x.shape[-2], y.shape[-2]                      # a sample and itself are no pair
+    n, m = x.shape[-2], y.shape[-2]
+    # n (n − 1): a sample and itself are no pair.
     return 2 * total(x, y) / (n * m) - total(x, x) / (n * (n - 1)) - total(y, y) / (m * (m - 1))
 
 

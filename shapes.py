@@ -380,10 +380,8 @@ def crossing(s, o, d):
         c = ox * ox + oz * oz + (s.A * oy + s.B) * oy + s.C
         root = (b * b - a * c).clamp(min=0).sqrt() / a    # 0 where the ray misses
         parts += [(-b / a - root, -b / a + root)]
-    enter, leave = parts[0]
-    for other_enter, other_leave in parts[1:]:
-        enter, leave = torch.maximum(enter, other_enter), torch.minimum(leave, other_leave)
-    return enter, leave
+    enter, leave = map(torch.stack, zip(*parts))                # (2 or 3, R) each
+    return enter.amax(0), leave.amin(0)
 
 
 def normal_at(s, p):
@@ -446,11 +444,11 @@ def trace(scene, size):
     for s in solids:
         enter, leave = crossing(s, p + 0.002 * n, beam)
         lit &= ~((enter < leave) & (leave > 0))
-    facing = dot(n, beam).clamp(min=0) * lit
+    facing = (n * beam).sum(0).clamp(min=0) * lit                              # (R,)
 
     # Solids: light from all around, more from above; Lambert's law; and a highlight.
     halfway = light - d
-    shine = dot(n, halfway).clamp(min=0) / dot(halfway, halfway).sqrt()
+    shine = (n * halfway).sum(0).clamp(min=0) / halfway.square().sum(0).sqrt()
     solid = colour * (AMBIENT * (0.9 + 0.2 * n[1]) + DIFFUSE * facing) \
         + SHINE * shine ** 40 * (facing > 0)
     glow = (AMBIENT + DIFFUSE * facing) / (AMBIENT + DIFFUSE * light[1])      # 1: floor in light
@@ -466,8 +464,3 @@ def floor_seen(scene, solids, p, down, glow):
             near = near + torch.exp(-((p[0] - s.x) ** 2 + (p[2] - s.z) ** 2) / (1.4 * s.k) ** 2)
     far = ((0.2 - down) / 1.2).clamp(0, 1) ** 2
     return (tint + (0.98 - tint) * 0.7 * far) * (glow * (1 - 0.22 * near))
-
-
-def dot(a, b):
-    """The scalar product of vectors (3, R) and (3, R) or (3, 1) → (R,)."""
-    return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
