@@ -275,17 +275,16 @@ class CLIP(nn.Module):
     def loss(self, x, tokens):
         """Symmetric contrastive cross-entropy of B pairs: x (B, 3, H, W), tokens (B, L); a scalar.
 
-        differs from the paper: captions repeat within a batch here. All pictures of one caption are
-        right answers for it, and share the target equally. Else the loss would push them apart.
+        Captions repeat within a batch here. That needs no care: equal captions have equal z_t, so
+        the loss is the same whichever of them counts as a picture's own.
         """
         with torch.no_grad():   # in place: a clamp in the graph has no gradient above its limit
             self.logit_scale.clamp_(max=math.log(100))
         z_i, z_t = self.encode_image(x), self.encode_text(tokens)    # (B, D) each
         with torch.autocast(x.device.type, enabled=False):           # bf16 is too coarse here
             logits = self.logit_scale.exp() * (z_i @ z_t.T)          # (B, B)
-        same = (tokens[:, None] == tokens).all(dim=2).float()        # (B, B)
-        target = same / same.sum(dim=1, keepdim=True)
-        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        own = torch.arange(len(logits), device=logits.device)        # the diagonal: (B,)
+        return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
 
     # ---- z_i as the other networks are shown it ----------------------------------------------
 

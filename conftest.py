@@ -62,11 +62,25 @@ def same_bits(a, b):
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
+def raising(error):
+    """A function that raises this error, whatever it is given."""
+    def fail(*_, **__):
+        raise error
+    return fail
+
+
 class Surprise:
     """A pickle that runs code when it is opened."""
 
     def __reduce__(self):
         return os.system, ("touch was_here",)
+
+
+TINY = {"clip": dict(width=64, depth=1, dim=16), "prior": dict(width=32, depth=1),
+        "ar-prior": dict(width=32, depth=1, buckets=8),
+        "decoder": dict(channels=(8, 32), blocks=(1, 1), attention=(False, True), width=64,
+                        text_depth=1, sketch_width=32),
+        "upsampler": dict(channels=(8, 8), blocks=(1, 1), width=16)}
 
 
 def tiny_parts(side=32):
@@ -84,14 +98,11 @@ def tiny_parts(side=32):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         parts = {
-            "clip": CLIP(CLIPConfig(**text, image_size=side, width=64, depth=1, dim=16)),
-            "prior": DiffusionPrior(DiffusionPriorConfig(16, **text, width=32, depth=1)),
-            "ar_prior": ARPrior(ARPriorConfig(16, **text, components=4, buckets=8, width=32,
-                                              depth=1)),
-            "decoder": Decoder(DecoderConfig(16, **text, image_size=side, channels=(8, 32),
-                                             blocks=(1, 1), attention=(False, True), width=64,
-                                             text_depth=1, sketch_width=32)),
-            "upsampler": Upsampler(UpsamplerConfig(channels=(8, 8), blocks=(1, 1), width=16))}
+            "clip": CLIP(CLIPConfig(**text, image_size=side, **TINY["clip"])),
+            "prior": DiffusionPrior(DiffusionPriorConfig(16, **text, **TINY["prior"])),
+            "ar_prior": ARPrior(ARPriorConfig(16, **text, components=4, **TINY["ar-prior"])),
+            "decoder": Decoder(DecoderConfig(16, **text, image_size=side, **TINY["decoder"])),
+            "upsampler": Upsampler(UpsamplerConfig(**TINY["upsampler"]))}
         for part, model in parts.items():
             shake(model).eval().requires_grad_(False)
             model.tokenizer, model.trained = tokenizer, {"data": "shapes", "seed": 0, "steps": 0}
@@ -135,11 +146,6 @@ def loaded(tiny_unclip, monkeypatch):
 
 # ---- train.py on tiny models ---------------------------------------------------------------------
 
-TINY = {"clip": dict(width=64, depth=1, dim=16), "prior": dict(width=32, depth=1),
-        "ar-prior": dict(width=32, depth=1, buckets=8),
-        "decoder": dict(channels=(8, 32), blocks=(1, 1), attention=(False, True), width=64,
-                        text_depth=1, sketch_width=32),
-        "upsampler": dict(channels=(8,), blocks=(1,), width=16)}
 FEW = dict(LARGE_PICTURES=4, VALIDATION_PICTURES=6, VALIDATION_DRAWS=8, LOG_ROWS=3)
 
 

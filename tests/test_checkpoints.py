@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import checkpoints
-from checkpoints import (ALL_PARTS, PARTS, load_part, load_parts, read_torch, run_command,
-                         save_part, say, write_torch)
+from checkpoints import (ALL_PARTS, PARTS, SHIPPED, check_clip, load_part, load_parts, read_torch,
+                         run_command, save_part, say, write_torch)
 from clip_tiny import CLIP, CLIPConfig
 from conftest import Surprise, same_bits
 
@@ -114,6 +114,16 @@ def shipped(tiny_weights, tmp_path, monkeypatch):
 
 def copy_of(source, target, part, **changes):
     write_torch(target / f"{part}.pt", {**read_torch(source / f"{part}.pt"), **changes})
+
+
+@pytest.mark.parametrize("data, lacks", [("shapes", set()),
+                                         ("cifar10", {"upsampler", "text_decoder"})])
+def test_the_weights_in_the_repository_are_whole_and_belong_to_one_clip(data, lacks):
+    clip = load_part(SHIPPED / data / "clip.pt")
+    for part in ALL_PARTS.keys() - lacks:
+        model = load_part(SHIPPED / data / f"{part}.pt")
+        check_clip(model, clip, part)
+        assert model.trained["data"] == data and model.trained["steps"] > 1000
 
 
 def test_what_a_folder_lacks_is_taken_from_the_shipped_parts_of_its_clip_and_said_so(

@@ -115,14 +115,6 @@ def test_the_text_encoder_is_causal_is_read_at_the_texts_end_and_padding_has_no_
 
 # ---- CLIP --------------------------------------------------------------------------------------
 
-def test_embeddings_are_unit_vectors_whatever_the_patch():
-    for patch in (1, 2, 4, 8, 16):
-        clip = tiny_clip(image_size=16, patch=patch, width=64)
-        z_i, z_t = clip.encode_image(torch.randn(2, 3, 16, 16)), clip.encode_text(TOKENIZER(["a"]))
-        assert z_i.shape == (2, 16) and torch.allclose(z_i.norm(dim=1), torch.ones(2))
-        assert z_t.shape == (1, 16) and torch.allclose(z_t.norm(dim=1), torch.ones(1))
-
-
 def fixed_loss(z_i, z_t, tokens, scale=0.0):
     """CLIP's loss of embeddings that are given by hand, whatever the pictures are."""
     clip = tiny_clip()
@@ -131,26 +123,17 @@ def fixed_loss(z_i, z_t, tokens, scale=0.0):
     return clip.loss(torch.empty(0), tokens), clip
 
 
-def test_equal_captions_share_the_target_so_their_pictures_are_not_pushed_apart():
-    """Three pairs, two of them with one caption: its columns are equal, so each takes half."""
+def test_clips_loss_is_the_closed_form_where_captions_repeat_and_treats_both_towers_alike():
+    """Three pairs, two of them with one caption, and so with one z_t."""
     a, b = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
     tokens = torch.tensor([[SOT, 9, EOT], [SOT, 9, EOT], [SOT, 8, EOT]])
     loss, _ = fixed_loss(torch.stack([a, a, b]), torch.stack([a, a, b]), tokens)
     of_the_pair = math.log(2 * math.e + 1) - 1                         # row logits 1, 1, 0
     of_the_single = math.log(2 + math.e) - 1                           # row logits 0, 0, 1
     assert loss.item() == pytest.approx((2 * of_the_pair + of_the_single) / 3)
-    perfect = torch.stack([a, a, -a]).requires_grad_()
-    fixed_loss(perfect, perfect, tokens, math.log(100))[0].backward()
-    assert perfect.grad.abs().max() < 1e-6
-
-
-def test_the_loss_treats_pictures_and_texts_alike_and_is_log_B_if_they_tell_nothing():
-    z_i, z_t = F.normalize(normal(2, 6, 4)(), dim=-1)
-    tokens, alike = torch.tensor([[1], [2], [2], [3], [4], [1]]), torch.ones(8, 4) / 2
-    there, back = (fixed_loss(*z, tokens, 1.0)[0].item() for z in ((z_i, z_t), (z_t, z_i)))
+    z = F.normalize(normal(2, 3, 2)(), dim=-1)
+    there, back = (fixed_loss(*pair, tokens, 1.0)[0].item() for pair in (z, z.flip(0)))
     assert there == pytest.approx(back)
-    loss, _ = fixed_loss(alike, alike, torch.arange(8)[:, None], 2.0)
-    assert loss.item() == pytest.approx(math.log(8))
 
 
 def test_the_temperature_starts_as_in_the_paper_is_at_most_100_and_comes_back_down_from_there():

@@ -15,7 +15,7 @@ from PIL import Image, ImageCms
 
 import data
 import shapes
-from conftest import (Surprise, batch, picture, same_bits, write_cifar, write_coco,
+from conftest import (Surprise, batch, picture, raising, same_bits, write_cifar, write_coco,
                       write_metadata)
 
 
@@ -85,13 +85,11 @@ def test_a_cache_file_that_is_damaged_or_holds_another_thing_is_made_anew(cache)
 
 
 def test_a_cache_that_cannot_be_written_is_told_once_and_the_run_goes_on(cache, monkeypatch, capfd):
-    def fail(*arguments):
-        raise RuntimeError("no home")
     monkeypatch.setattr(data, "BLOCK", 1)
     cache.write_text("not a folder")
     assert len(data.load("shapes", "train", limit=3)) == 3
     monkeypatch.delenv("UNCLIP_CACHE")
-    monkeypatch.setattr(data.Path, "home", fail)
+    monkeypatch.setattr(data.Path, "home", raising(RuntimeError("no home")))
     assert len(data.load("shapes", "train", limit=3)) == 3
     told = [line for line in capfd.readouterr().err.splitlines() if "UNCLIP_CACHE" in line]
     assert len(told) == 2 and str(cache) in told[0]
@@ -163,14 +161,12 @@ def test_what_python_2_pickled_is_read():
     assert labels.tolist() == [7] and pixels.flatten()[:256].tolist() == list(range(256))
 
 
-def test_what_is_no_archive_of_cifar_or_lacks_a_batch_is_refused(tmp_path):
-    load = lambda where: data.load("cifar10", "validation", data_dir=where)
+def test_an_archive_of_cifar_that_lacks_a_batch_or_is_cut_short_is_refused(tmp_path):
     (write_cifar(tmp_path) / "test_batch").unlink()
-    refused(lambda: load(tmp_path), "test_batch", "--data-dir")
     path = archive(tmp_path / "cifar-10-batches-py")
-    refused(lambda: load(path), path, "--data-dir")
-    path.write_bytes(path.read_bytes()[:2000])
-    refused(lambda: load(path), path, "--data-dir")
+    for content in (path.read_bytes(), path.read_bytes()[:2000]):
+        path.write_bytes(content)
+        refused(lambda: data.load("cifar10", "validation", data_dir=path), path, "--data-dir")
 
 
 def test_cifar_is_downloaded_once_and_a_broken_download_leaves_nothing_behind(
@@ -290,7 +286,7 @@ def test_class_folders_give_captions_and_labels_and_folders_of_splits_stay_apart
         for image, captions, k in zip(mine.images, mine.captions, mine.labels["class"]):
             assert captions[0] == f"a photo of {['an old owl', 'a zebra'][k]}"
             assert image[2 - k].float().mean() > 200
-    for name, n in (("train/owl", 5), ("train/ant", 1), ("val/owl", 3)):
+    for name, n in (("train/owl", 5), ("train/ant", 1), ("validation/owl", 3)):
         for i in range(n):
             picture(tmp_path / "split" / name / f"{i}.jpg")
     train, validation = both(tmp_path / "split")
@@ -322,7 +318,7 @@ def test_a_null_caption_and_an_odd_name_are_counted_and_what_says_left_is_not_mi
 
 # ---- Single pictures ----------------------------------------------------------------------------
 
-@pytest.mark.parametrize("kind", ["jpg", "png", "webp"])
+@pytest.mark.parametrize("kind", ["jpg", "png"])
 def test_a_picture_is_upright_unless_its_orientation_is_unreadable(tmp_path, monkeypatch, kind):
     marked, exif = Image.new("RGB", (90, 30), "white"), Image.Exif()
     marked.paste((255, 0, 0), (30, 0, 60, 15))      # red above blue in the middle third
@@ -334,16 +330,14 @@ def test_a_picture_is_upright_unless_its_orientation_is_unreadable(tmp_path, mon
     assert image.shape == (3, 16, 16) and image.dtype == torch.uint8 and image.is_contiguous()
     assert image[0, 2, 8] > 200 > 60 > image[2, 2, 8]      # red is above
     assert image[2, 13, 2] > 200 > 60 > image[0, 13, 2]    # blue is below
-    for odd in (lambda self, tag, default: (3, 3), lambda self, tag, default: 77, None):
-        monkeypatch.setattr(Image.Exif, "get", odd)
-        image = data.read_image(path, 16)
-        assert image[0, 8, 2] > 200 > 60 > image[2, 8, 2]  # red is on the left, as in the file
+    monkeypatch.setattr(Image.Exif, "get", None)           # Pillow fails on broken metadata
+    image = data.read_image(path, 16)
+    assert image[0, 8, 2] > 200 > 60 > image[2, 8, 2]      # red is on the left, as in the file
 
 
 @pytest.mark.parametrize("mode, kind", [
-    ("L", "jpg"), ("CMYK", "jpg"), ("1", "png"), ("LA", "png"), ("P", "png"), ("RGBA", "png"),
-    ("P", "gif"), ("RGB", "webp")])
-def test_white_is_white_in_every_mode(tmp_path, mode, kind):
+    ("L", "jpg"), ("CMYK", "jpg"), ("1", "png"), ("LA", "png"), ("P", "png"), ("RGBA", "png")])
+def test_a_white_picture_is_read_as_white_in_every_mode(tmp_path, mode, kind):
     for size in ((1, 1), (7, 300), (64, 64)):
         Image.new("RGB", size, "white").convert(mode).save(tmp_path / f"a.{kind}")
         image = data.read_image(str(tmp_path / f"a.{kind}"), 16)

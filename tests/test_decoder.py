@@ -33,10 +33,9 @@ def ask(model, x_t=X_T, t=300, z_i=Z_I, tokens=TOKENS[:1]):
 
 # ---- The networks --------------------------------------------------------------------------------
 
-def test_new_networks_answer_0_and_the_sketch_learns_by_its_own_error_alone():
-    small, t = torch.zeros(1, 3, 8, 8), torch.tensor([9])
-    assert ask(decoder()).abs().max() == 0 and upsampler()(small, t, small).abs().max() == 0
-    model, other = shake(decoder()), shake(upsampler())
+def test_a_new_decoder_answers_0_and_its_sketch_learns_by_its_own_error_alone():
+    assert ask(decoder()).abs().max() == 0
+    model, other, t = shake(decoder()), shake(upsampler()), torch.tensor([9])
     ask(model).square().sum().backward()
     assert model.sketch[0].weight.grad is None
     answer = lambda low: other(X_T, t, low) + low / other.diffusion.rotation(t, X_T)[1]
@@ -90,8 +89,6 @@ def test_training_hides_z_i_once_in_10_and_the_caption_every_other_time():
     assert (no_z_i * no_text).mean().item() == pytest.approx(0.05, abs=0.009)
     assert torch.equal(z_i[no_z_i == 0].unique(dim=0), Z_I)          # the others as they are
     assert torch.equal(tokens[no_text == 0].unique(dim=0), TOKENS[:1])
-    counts = t.sub(1).div(100, rounding_mode="floor").bincount() / len(t)
-    assert torch.allclose(counts, torch.full((10,), 0.1), atol=0.012)        # 1 to 1000, evenly
 
 
 def test_a_text_only_decoder_reads_the_caption_alone():
@@ -100,12 +97,14 @@ def test_a_text_only_decoder_reads_the_caption_alone():
     assert not torch.allclose(ask(model, tokens=TOKENS[1:]), ask(model), atol=1e-5)
 
 
-def test_guidance_is_the_null_plus_s_times_the_difference_and_none_is_the_null():
-    model, t = shake(decoder()), torch.tensor([300])
+def test_guidance_is_the_null_plus_s_times_the_difference_in_one_call_and_none_is_the_null():
+    model, t, calls = shake(decoder()), torch.tensor([300]), []
     null, cond = ask(model, z_i=0 * Z_I, tokens=0 * TOKENS[:1]), ask(model)
+    model.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
     for s in (0.0, 1.0, 2.5):
         answer = model.given(Z_I, TOKENS[:1], s)(X_T, t)
         assert torch.allclose(answer, null + s * (cond - null), atol=1e-5)
+    assert calls == [2, 1, 2]                                        # both answers by one batch
     no_z_i, no_text = ask(model, z_i=0 * Z_I), ask(model, tokens=0 * TOKENS[:1])
     assert torch.allclose(model.given(None, TOKENS[:1])(X_T, t), no_z_i, atol=1e-6)
     assert torch.allclose(model.given(Z_I, None)(X_T, t), no_text, atol=1e-6)

@@ -104,7 +104,8 @@ def test_an_experiment_that_runs_again_replaces_its_own_section_alone(evaluated)
     assert page.index("## judge") < page.index("## clip")
 
 
-def test_rows_are_drawn_from_what_they_name(tiny_unclip, weights, monkeypatch):
+def test_each_row_of_a_table_is_drawn_from_the_z_i_and_captions_that_it_names(
+        tiny_unclip, weights, monkeypatch):
     monkeypatch.setattr(evaluate.Bench, "draw", lambda self, captions, z_i, **how: (
         captions, z_i, how))
     bench, y = evaluate.Bench(tiny_unclip, weights, None), ["a red cube", "a blue cone"] * 4

@@ -192,10 +192,9 @@ def test_show_writes_the_way_from_the_nearest_renders_to_the_picture(type_in, ti
     assert (final == array(out[0])).all()
 
 
-def test_without_show_nothing_is_rendered_and_other_data_have_no_renders(type_in, tiny_unclip,
-                                                                         monkeypatch):
+def test_show_renders_nothing_without_z_i_or_for_other_data_than_shapes(type_in, tiny_unclip,
+                                                                        monkeypatch):
     monkeypatch.setattr(sample, "load", None)
-    assert type_in("a --n 1")[1][-1] == "samples/grid.png"
     assert type_in("a --n 1 --show --prior none")[1][-1] == "samples/steps.png"
     monkeypatch.setitem(tiny_unclip.clip.trained, "data", "cifar10")
     assert type_in("a --n 1 --show")[1][-1] == "samples/steps.png"
@@ -230,7 +229,6 @@ def test_flags_without_a_part_overwritten_inputs_older_pictures_and_unknown_word
 
 # ---- The command ------------------------------------------------------------------------------
 
-@pytest.mark.skipif(not (SHIPPED / "shapes" / "decoder.pt").exists(), reason="no shipped weights")
 def test_the_shipped_weights_draw_red_for_a_red_cube(type_in):
     status, out, err = type_in(f'"a red cube" --weights "{SHIPPED / "shapes"}" --steps 16')
     assert status == 0 and notes(err) == []

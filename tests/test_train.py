@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import train
 from checkpoints import ALL_PARTS, load_part, load_parts, read_torch, write_torch
 from clip_tiny import CLIPConfig
-from conftest import (at_step, bytes_in, interrupt, log, same_bits, seeded, shake, tiny_parts,
-                      type_train, write_metadata)
+from conftest import (at_step, bytes_in, interrupt, log, raising, same_bits, seeded, shake,
+                      tiny_parts, type_train, write_metadata)
 from data import Dataset
 from shapes import to_float
 from unclip import UnCLIP
@@ -99,27 +99,23 @@ def test_a_finished_run_trains_no_more_and_another_configuration_is_refused_befo
 COLOURS = {"red": (230, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 230), "gray": (128,) * 3}
 
 
-def coloured(N, seed, shuffle=False):
-    """N noisy pictures of one colour each, and captions that name it, or another if shuffled."""
+def coloured(N, seed):
+    """N noisy pictures of one colour each, and captions that name it."""
     g = seeded(seed)
     colour = torch.randint(4, (N,), generator=g)
     plain = torch.tensor(list(COLOURS.values()))[colour].view(N, 3, 1, 1)
     images = (plain + 40 * torch.randn(N, 3, 32, 32, generator=g)).clamp(0, 255).to(torch.uint8)
-    told = colour[torch.randperm(N, generator=g)] if shuffle else colour
-    return Dataset(images, [[f"a {list(COLOURS)[k]}"] for k in told], {}, [], flips=False)
+    return Dataset(images, [[f"a {list(COLOURS)[k]}"] for k in colour], {}, [], flips=False)
 
 
-@pytest.mark.parametrize("shuffle", [False, True])
-def test_clip_learns_captions_of_new_pictures_but_nothing_from_shuffled_ones(
-        call, monkeypatch, shuffle):
-    sets = {"train": coloured(128, 0, shuffle), "validation": coloured(64, 1)}
+def test_train_py_teaches_clip_the_captions_of_new_pictures(call, monkeypatch):
+    sets = {"train": coloured(128, 0), "validation": coloured(64, 1)}
     monkeypatch.setattr(train.data, "load", lambda name, split, *_: sets[split])
     argv = ["--stage", "clip", "--out", "run", "--batch-size", 16, "--lr", 2e-3]
     assert call(*argv, steps=18)[0] == 0
     last, chance = log("run/clip.csv")[-1], math.log(16)     # chance: all pairs are alike to it
-    loss = float(last["validation"])
-    assert loss > 0.97 * chance if shuffle else loss < 0.75 * chance, (loss, chance)
-    assert not shuffle or 0.5 * chance < float(last["loss"]) < 2 * chance      # a mean over steps
+    assert float(last["validation"]) < 0.75 * chance
+    assert 0.4 * chance < float(last["loss"]) < 1.5 * chance # a mean over steps; 0.5: all is known
 
 
 def test_x_0_errors_are_those_of_the_closed_form_for_a_network_that_answers_zero(trained):
@@ -154,7 +150,7 @@ def test_restart_begins_anew_and_what_it_leaves_is_not_taken_for_finished(call, 
                                                                           monkeypatch):
     argv = ["--stage", "prior", "--out", copied, "--seed", 7]
     with monkeypatch.context() as patch:             # as if it died between its two files
-        patch.setattr(train, "write_torch", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(train, "write_torch", raising(KeyboardInterrupt))
         assert call(*argv[:-2], "--restart")[0] == 130
     status, err = call(*argv[:-2])
     assert status == 0 and "from step 0" in err[0] and "prior.pt will be replaced" in err[1]
@@ -252,11 +248,9 @@ def test_a_second_run_of_a_part_in_a_folder_is_refused_while_the_first_runs(call
     ("write_png", OSError(28, "No space left"))])
 def test_a_disk_that_is_full_ends_the_run_in_one_line_and_leaves_the_last_checkpoint(
         call, copied, monkeypatch, write, error):
-    def full(*_):
-        raise error
     monkeypatch.setattr(train, "SAVE_SECONDS", -1)
     monkeypatch.setattr(train, "picture_to_watch", lambda *_: torch.zeros(3, 8, 8).byte())
-    at_step(monkeypatch, 3, lambda _: monkeypatch.setattr(train, write, full))
+    at_step(monkeypatch, 3, lambda _: monkeypatch.setattr(train, write, raising(error)))
     status, err = call("--stage", "prior", "--out", copied, "--restart", steps=3)
     assert status == 2 and "copied" in err[-1] and re.search("No space|full?", err[-1]), err
     assert read_torch(copied / "prior.state.pt")["step"] == 2
@@ -374,12 +368,13 @@ def test_no_step_waits_for_the_device_and_all_weights_learn_but_those_of_clip(tr
         for _ in range(3):                           # some layers learn when others did
             train.take_step(run, state, pairs)
         torch.cuda.set_sync_debug_mode("default") if device == "cuda" else None
+    assert not state.sums.requires_grad              # or it would keep the graph of every step
     same = [name for name, p in state.model.named_parameters() if torch.equal(p, start[name])]
     assert not same and (clip is None or same_bits(run.clip.state_dict(), clip)), same
 
 
 @pytest.mark.parametrize("image_size", [32, 64])
-def test_the_base_size_fits_together(monkeypatch, image_size):
+def test_the_models_of_size_base_fit_together(monkeypatch, image_size):
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())       # not for meta
     dim = CLIPConfig(9, 9, **train.SIZES["base"]["clip"]).dim
     own = dict(dim=dim, vocab=400, context=77, image_size=image_size, components=dim)
@@ -437,9 +432,6 @@ def test_embeddings_are_kept_for_the_same_weights_pictures_and_captions_alone(
     make(replace(d, captions=[["other words"]] * len(d)), clip)
     make(d, shake(copy.deepcopy(clip)))
     assert len(counted) == 4 * views
-    for file in tmp_path.iterdir():
-        torch.save({"z_i": first.z_i[:0], "z_t": first.z_t}, file)
-    assert torch.equal(make(d, clip).z_i, first.z_i)         # what has another length is made anew
 
 
 def test_a_picture_is_drawn_with_its_own_captions_alike_often(pairs):
