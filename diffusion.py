@@ -138,8 +138,9 @@ class Diffusion(nn.Module):
 
         The v on the right belongs to the x_t that is sought. So x_t is found by iteration: x_s is
         the first guess, and each right side is a better one. If a round no longer changes x_t, the
-        step is undone exactly; three rounds come close. The usual inversion does not iterate. With
-        a single step, δ would be almost 90 degrees, and cos δ almost 0: so it takes two or more.
+        step is undone exactly; three rounds come close. With a single step, δ would be almost 90
+        degrees, and cos δ almost 0: so it takes two or more.
+        differs from the paper: the usual DDIM inversion does not iterate.
         """
         if steps < 2:
             raise ValueError(f"{steps} steps invert nothing: choose 2 or more")
