@@ -186,7 +186,7 @@ class Transformer(nn.Module):
 def causal_mask(visible):
     """visible (B, L) bool → (B, 1, L, L) bool: position i sees the visible positions before it.
 
-    Each also sees itself, because padding that saw nothing would make the softmax divide by zero.
+    Each also sees itself, because the softmax of a row that sees nothing is not defined.
     """
     L, device = visible.shape[1], visible.device
     past = torch.ones(L, L, dtype=torch.bool, device=device).tril()
@@ -243,7 +243,7 @@ class CLIP(nn.Module):
         super().__init__()
         self.config = c = config
         # differs from the paper: a ViT cuts its patches by one linear map; here by a few strided
-        # convolutions, with which so small a ViT learns far more in the same minutes.
+        # convolutions, which see a shape's edges at full size.
         # The first `full` of them keep the resolution, each of the others halves it.
         widths, full = [3, *c.stem, c.width], len(c.stem) + 1 - int(math.log2(c.patch))
         stem = []
@@ -314,7 +314,8 @@ class CLIP(nn.Module):
         differs from the paper: priors and decoder are shown z_i like this. z_i also holds where an
         object is, but along axes of a hundredth of the variance. A network that is shown plain z_i
         learns these axes only after very long training. std² is the variance plus LEAST_SHARE of
-        the mean variance: so axes with less than that, which are mostly noise, stay small.
+        the mean variance. Axes with less than that stay smaller than the others, but they matter:
+        in the shipped CLIP of shapes they are 46 of 64, and tell best where an object is.
         """
         return (z - self.mean) / self.std
 

@@ -77,8 +77,10 @@ class UNetBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """A small ADM UNet, as in GLIDE: halve the picture level by level, and back, with skips.
+    """A small UNet, as ADM's and GLIDE's: halve the picture level by level, and back, with skips.
 
+    differs from the paper: ADM and GLIDE shrink and grow by residual blocks, have one more skip and
+    block at each level of the way up, and heads of 64 channels (here 32).
     channels: of each level, the finest first. blocks: how many each level has on the way down, and
     again on the way up. attention: for each level, whether it attends (needs context_width).
     """
@@ -161,10 +163,10 @@ class Decoder(nn.Module):
     timestep embedding; all its outputs join the context. In training, z_i is that of the picture
     itself: the decoder learns to invert CLIP. In drawing, a prior's z_i takes its place, of which
     there is no picture yet.
-    differs from the paper: the variance of a sampling step is DDPM's, not learnt. And z_i enters in
-    a third way: the UNet is shown a sketch, a small estimate of the mean picture E[x | z_i]. This
-    mean is the best guess of x_0 from pure noise. The UNet learns it slowly; an MLP learns it soon,
-    and is cheap.
+    differs from the paper: the variance of a sampling step is DDPM's, not learnt. The caption's
+    Transformer is causal, GLIDE's is not. And z_i enters in a third way: the UNet is shown a
+    sketch, a small estimate of the mean picture E[x | z_i]. This mean is the best guess of x_0 from
+    pure noise. The UNet learns it slowly; an MLP learns it soon, and is cheap.
     """
 
     Z_I_TOKENS = 4
@@ -256,7 +258,8 @@ class Upsampler(nn.Module):
     in training. (GroupNorm alone looks at the whole picture.) In training the small picture is
     slightly corrupted, because what the decoder draws is not as clean as a render.
     differs from the paper: the UNet's answer is added to the v that belongs to x_0 = the enlarged
-    picture. That picture is nearly right, and a network alone would copy it only roughly.
+    picture. That picture is nearly right, and a network alone would copy it only roughly. The price
+    is paid near t = 0, where x_t would be a better guess: no step of `sample` starts there.
     """
 
     def __init__(self, config):
@@ -294,7 +297,7 @@ class Upsampler(nn.Module):
 
 
 def corrupt(low, rand, noise):
-    """Small pictures (B, 3, h, w) in [-1, 1] → each blurred by a random share (sec. 2.1), and with
+    """Small pictures (B, 3, h, w) in [-1, 1] → each blurred (sec. 2.1), by a random share, and with
     noise of a random std of at most 0.03. noise: standard normal, like low. rand(*shape): uniform
     random numbers.
 

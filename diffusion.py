@@ -37,7 +37,8 @@ class Diffusion(nn.Module):
     objective: what the loss compares, "x_0" (sec. 2.2) or "eps" (GLIDE's; sec. 2.1 builds on it).
     differs from the paper: the network always answers v (Salimans & Ho 2022), from which x_0 and
     eps are computed. At low noise x_0 is almost a copy of x_t, and at high noise eps is. A network
-    copies only roughly. From v, `x_0_and_eps` computes both, and its first term is that copy.
+    copies only roughly. From v, `x_0_and_eps` computes both, and its first term is that copy. (The
+    Upsampler copies another picture.)
     power: a sampler's times are evenly spaced if it is 1, and denser near 0 if it is more.
     """
 
@@ -70,10 +71,10 @@ class Diffusion(nn.Module):
         """f's mean squared error of x_0 or of eps, for data x_0 (B, …), each at a random time t in
         1..T and with noise of its own: a scalar.
 
-        differs from the paper: the error of eps is the error of x_0 times the signal-to-noise
-        ratio. Here this weight stays between 0.1 and 5 (the 5 is min-SNR's, Hang et al. 2023).
-        Without limits low noise would get most of the weight, though only edges are left to be
-        found there. High noise, where the layout is decided, would get almost none.
+        differs from the paper, where it compares eps: the error of eps is the error of x_0 times
+        the signal-to-noise ratio. Here this weight stays between 0.1 and 5 (the 5 is min-SNR's,
+        Hang et al. 2023). Without limits low noise would get most of the weight, though only edges
+        are left to be found there. High noise, where the layout is decided, would get almost none.
         """
         t = torch.randint(1, self.T + 1, x_0.shape[:1], device=x_0.device, generator=generator)
         eps = torch.randn(x_0.shape, device=x_0.device, generator=generator)
@@ -90,15 +91,14 @@ class Diffusion(nn.Module):
     def timesteps(self, steps):
         """The times T = t_n > … > t_1 > t_0 = 0 that a sampler visits in n = `steps` steps.
 
-        t_k is T (k / n)^power, rounded, and moved up or down where two times would be equal.
+        t_k is T (k / n)^power, rounded, and moved up where two times would be equal.
         Raises ValueError unless 1 ≤ steps ≤ T.
         """
         if not 1 <= steps <= self.T:
             raise ValueError(f"{steps} sampling steps: choose from 1 to {self.T}")
         times = [0]
         for k in range(1, steps + 1):
-            t = round(self.T * (k / steps) ** self.power)
-            times.append(min(max(t, times[-1] + 1), self.T - (steps - k)))
+            times.append(max(round(self.T * (k / steps) ** self.power), times[-1] + 1))
         return times[::-1]
 
     @torch.no_grad()
@@ -122,7 +122,7 @@ class Diffusion(nn.Module):
                 watch(t, x_t, x_0)
             # Of the noise that belongs to time s, a part of std `fresh` is new, the rest is eps.
             fresh = eta * math.sqrt((1 - ab_s) / (1 - ab_t) * (1 - ab_t / ab_s))
-            x_t = math.sqrt(ab_s) * x_0 + math.sqrt(max(1 - ab_s - fresh ** 2, 0)) * eps
+            x_t = math.sqrt(ab_s) * x_0 + math.sqrt(1 - ab_s - fresh ** 2) * eps
             if fresh > 0:
                 x_t = x_t + fresh * noise()
         return x_t
@@ -138,8 +138,9 @@ class Diffusion(nn.Module):
 
         The v on the right belongs to the x_t that is sought. So x_t is found by iteration: x_s is
         the first guess, and each right side is a better one. If a round no longer changes x_t, the
-        step is undone exactly; three rounds come close. With a single step, δ would be almost 90
-        degrees, and cos δ almost 0: so it takes two or more.
+        step is undone exactly. Three rounds come close; the first step, next to the data, is mended
+        slowest. With a single step, δ would be almost 90 degrees, and cos δ almost 0: so it takes
+        two or more.
         differs from the paper: the usual DDIM inversion does not iterate.
         """
         if steps < 2:

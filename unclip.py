@@ -32,9 +32,9 @@ class UnCLIP:
     Every part but CLIP may be None. All that is random is a function of the seed and of a picture's
     row, its index within its prompt. CLIP is frozen: it is no sub-module of the others, so their
     training can't change it, and its embeddings can be computed once and kept. In this file z_i has
-    unit norm. Priors and decoder see z_i whitened (CLIP.whiten): centred, and each principal axis
-    divided by about its spread. Otherwise they would hardly learn axes along which z_i varies
-    little.
+    unit norm. Priors and decoder see z_i whitened (CLIP.whiten): centred, each main axis divided by
+    about its spread, and the others enlarged, but less than that. Otherwise they would hardly learn
+    axes along which z_i varies little.
     """
 
     def __init__(self, clip, decoder=None, prior=None, ar_prior=None, upsampler=None):
@@ -65,8 +65,8 @@ class UnCLIP:
         prior: "diffusion" or "ar" (autoregressive). With "text" the decoder gets z_t in place of
         z_i, along the main axes, which hold 99 % of z_i's variance; with "none", the caption alone
         (sec. 5.1 compares them). how: guidance (1 = none), steps and eta, as in Decoder.sample.
-        Guidance makes a picture fit its caption and z_i better. It does not change z_i, so the
-        pictures of one caption stay as different as their z_i are (sec. 5.3).
+        Guidance makes a picture fit its caption and z_i better. It does not change z_i, so what z_i
+        tells stays as varied as without guidance (sec. 5.3).
         Raises ValueError if a part is missing, a caption is empty or too long, or there is nothing
         to draw.
         """
