@@ -1,4 +1,4 @@
-"""Who says what is right: judges that read pictures, and every measure of evaluate.py.
+"""Who says what is right: judges that read pictures, and the measures of evaluate.py.
 
 Small convolutional networks read what unCLIP draws: one reads shapes, one signs, one photos. Each
 learnt from such pictures alone, and shares no weight with CLIP: otherwise CLIP would grade its own
@@ -207,8 +207,9 @@ def compare(captions, seen):
 
     captions name all shapes and colours; seen is the judge's reading of one picture for each.
     "colour" is true if each solid has the colour that its caption names, and no other solid is
-    there. "colour set" is true if the colours are there, in whatever place: if the set is right and
-    "colour" is not, they are bound to the wrong solids (paper, sec. 7). Likewise "shape".
+    there. "colour set" is true if the colours are there, in whatever place. If the set is right and
+    "colour" is not, the colours are bound to the wrong solids (paper, sec. 7), or whole solids have
+    changed places, which "shape" tells. Likewise "shape".
     """
     given = [parse_caption(caption) for caption in captions]
     relation = torch.tensor([RELATIONS.index(scene["relation"]) for scene in given])
@@ -238,11 +239,15 @@ def wilson(right):
 
 
 def larger(a, b):
-    """a (N,), b (M,): is the mean of a larger, by more than the 95 % interval of the difference? Of
-    bools the mean is a share; they get one True and one False more each (Agresti & Caffo 2000)."""
+    """a (N,), b (M,): is the mean of a larger, so that 0 is below the 95 % interval of the
+    difference? If N = M, a[i] and b[i] are a pair, of one caption or picture; else a and b are
+    independent. Of bools the mean is a share; each of the two gets one True and one False more, in
+    unlike pairs, so that a few pictures prove nothing (Agresti & Caffo 2000)."""
     if a.dtype == torch.bool:
-        a, b = (torch.cat([x, x.new_tensor([True, False])]).float() for x in (a, b))
-    variance = sum((x - x.mean()).square().mean() / len(x) for x in (a, b))
+        a, b = (torch.cat([x, x.new_tensor(more)]).float()
+                for x, more in ((a, [True, False]), (b, [False, True])))
+    parts = [a - b] if len(a) == len(b) else [a, b]
+    variance = sum((x - x.mean()).square().mean() / len(x) for x in parts)
     return bool(a.mean() - b.mean() > 1.96 * variance.sqrt())
 
 
@@ -266,7 +271,8 @@ def gradient_energy(images):
 
 def entropy(classes, n):
     """Integers below n (N,) → −log of how frequent each one's value is, over log n (N,). The mean
-    is the entropy: 1 if all are equally frequent. Its interval is that of a mean (delta method)."""
+    is the entropy of the sample, 1 if all are equally frequent: it is smaller than that of what
+    they are drawn from, by about (n − 1) / (2 N log n). The interval is a mean's (delta method)."""
     p = torch.bincount(classes, minlength=n) / len(classes)
     return -p[classes].log() / math.log(n)
 
@@ -289,7 +295,8 @@ def shares(x):
 
 
 def energy_distance(x, y):
-    """2E|X-Y| - E|X-X'| - E|Y-Y'| of samples x (…, n, D), y (…, m, D) → (…,), without bias.
+    """2E|X-Y| - E|X-X'| - E|Y-Y'| of samples x (…, n, D), y (…, m, D) → (…,), without bias if x
+    and y are independent.
 
     Its mean is 0 if the distributions are the same, and only then (Székely & Rizzo 2013). To
     compare with a single point, give it twice: one sample has no pairs.

@@ -94,7 +94,7 @@ def test_without_a_diffusion_prior_what_needs_it_is_refused_and_the_rest_runs(
         assert main(["--only", name]) == 2
         assert "--stage prior" in capsys.readouterr().err
     page = evaluated("accuracy", 3)
-    assert "| ar prior |" in page and "diffusion" not in page
+    assert "| ar prior |" in page and "| diffusion prior |" not in page
 
 
 def test_an_experiment_that_runs_again_replaces_its_own_section_alone(evaluated):

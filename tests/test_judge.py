@@ -69,8 +69,12 @@ def test_one_share_is_larger_only_if_the_difference_is_more_than_chance():
     assert larger(share(90, 100), share(70, 100)) and not larger(share(70, 100), share(90, 100))
     assert not larger(share(9, 10), share(7, 10)) and not larger(share(50, 100), share(50, 100))
     torch.manual_seed(0)                   # of equal shares it says so in one of forty
-    said = [larger(*(torch.rand(2, 80) < 0.4)) for _ in range(2000)]
-    assert 0.01 < sum(said) / 2000 < 0.04
+    apart = lambda: (torch.rand(80) < 0.4, torch.rand(81) < 0.4)
+    pairs = lambda: (torch.rand(2, 80) < 0.1) | (torch.rand(80) < 0.3)      # most is shared
+    for draw in apart, pairs:
+        assert 0.01 < sum(larger(*draw()) for _ in range(2000)) / 2000 < 0.04
+    some, more = torch.arange(100) < 70, torch.arange(100) < 80      # ten of a hundred are mended
+    assert larger(more, some) and not larger(more[:-1], some)        # or are they of others?
 
 
 def test_one_entropy_is_larger_only_if_the_difference_is_more_than_chance():
