@@ -149,7 +149,7 @@ def check_clip(model, clip, path):
 
 
 def load_parts(folder, device="cpu"):
-    """The parts of a folder and, where it lacks one, the shipped part of the same CLIP → {part:
+    """The parts of a folder and, where it lacks one, the shipped part that fits its CLIP → {part:
     model}. A line on stderr names each shipped part. Raises ValueError or OSError, in one line."""
     folder = Path(folder)
     there = [part for part in ALL_PARTS if (folder / f"{part}.pt").exists()]
@@ -247,10 +247,12 @@ def run_command(name, command, argv=None):
 
 def keep_freed_memory():
     """glibc returns large freed blocks to the system, and asks for them again at the next step. Let
-    it keep them; elsewhere, this does nothing."""
+    it keep them: all, or before glibc 2.35 those below 32 MB. Elsewhere, this does nothing."""
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
         return
-    for option, value in ((-1, 2**31 - 1), (-3, 2**30)):     # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3      # of the latter, an old glibc takes the first
+    for option, value in ((M_TRIM_THRESHOLD, 2**31 - 1), (M_MMAP_THRESHOLD, 2**25),
+                          (M_MMAP_THRESHOLD, 2**30)):
         mallopt(option, value)

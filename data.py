@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps
+from PIL import EpsImagePlugin, Image, ImageCms, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 from shapes import RENDERER_VERSION, item, labels_of, render, write_safely
@@ -41,7 +41,7 @@ class Dataset:
     captions  N lists of one or more captions
     labels    ground truth, a dict of tensors whose first axis is N ({} where none is known)
     classes   the names behind labels["class"] ([] where there are none)
-    flips     does a mirrored picture keep its captions? Not where they say "left of"
+    flips     does a mirrored picture keep its captions? Not where they say "left of", or spell
     """
     images: torch.Tensor
     captions: list
@@ -228,6 +228,7 @@ def letters_of(words):
 # ---- Pictures in files --------------------------------------------------------------------------
 
 MAX_PIXELS = 90_000_000    # of a decoded picture: a small file must not fill the memory
+EpsImagePlugin.gs_binary = False    # a file with EPS in it, of any name, would start Ghostscript
 
 
 def read_image(path, size):
@@ -278,11 +279,11 @@ def square(image, size):
     left, top = (image.width - side) // 2, (image.height - side) // 2
     image = image.crop((left, top, left + side, top + side))
     if image.mode[0] in "IF":    # 16 bits or more, which Pillow would clip at 255
-        grey = np.asarray(image).astype(np.float64)
+        grey = np.asarray(image).astype(np.float32)
         if not np.isfinite(grey).all():
             raise ValueError("some of its pixels are no finite numbers")
         low, high = (0, 65535) if image.mode.startswith("I;16") else (grey.min(), grey.max())
-        image = Image.fromarray((255 * (grey - low) / max(high - low, 1e-9)).astype(np.uint8))
+        image = Image.fromarray(((grey - low) / max(high - low, 1e-9) * 255).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
     elif image.mode not in ("L", "RGB", "CMYK"):
@@ -347,7 +348,8 @@ def read_all(paths, title, images, sound):
 def files_in(folder):
     """{name below the folder: path} of all files in it that are not hidden.
 
-    Nothing else is read. So a name that leads out of the folder is the name of a missing file.
+    Links to files are followed, links to folders are not. Names are looked up here alone: one that
+    leads out of the folder is the name of a missing file.
     """
     paths = {nfc(path.relative_to(folder).as_posix()): path for path in folder.rglob("*")}
     return {name: path for name, path in paths.items()
@@ -412,7 +414,7 @@ def report(title, top, files, captions, N, left_out):
     line = f"{title}: {N:,} images" + (f" (left out: {reasons})" if reasons else "")
     if not N:
         raise ValueError(f"--data-dir, {line}: put two or more different pictures that have "
-                         f"captions into {top}")
+                         f"captions into {top}; one of them at least is for validation")
     print(line, file=sys.stderr)
 
 
@@ -539,7 +541,7 @@ def coco(split, size, limit, data_dir, seed):
     names, images = read_images(files, chosen, size, f"coco {split}")
     report(f"coco {split}", top, files, captions, len(names),
            {"broken": len(chosen) - len(names), "empty captions": empty})
-    # Mirrored pictures keep their captions: few say left or right (2 of 500 that we counted).
+    # Mirrored pictures keep their captions: we take it that few say left or right.
     return Dataset(images, [captions[name] for name in names], {}, [], flips=True)
 
 

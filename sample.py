@@ -111,7 +111,8 @@ def write(args, drawn):
     print("\n".join(map(str, paths)))
     if total > IN_GRID:
         say(f"note: grid.png shows the first {IN_GRID} of {total} pictures")
-    if older := {path for path in out.glob("*.png") if path.stem.isdecimal()} - set(paths):
+    new = {*paths, out / "steps.png"} if args.show else {*paths}
+    if older := {p for p in out.glob("*.png") if p.stem.isdecimal() or p.stem == "steps"} - new:
         say(f"note: {out} still holds pictures of an earlier run, as {min(older).name}")
     preview(sheet[:columns])
 

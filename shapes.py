@@ -77,7 +77,7 @@ SIZES = ["small", "large"]
 RELATIONS = ["alone", "left of", "on top of"]    # "right of" is another wording of "left of"
 UNSEEN = {("purple", "cylinder"), ("orange", "sphere"), ("cyan", "cone"), ("gray", "sphere")}
 
-# Raise it whenever a picture or a caption changes: it names the cache, and seeds every scene.
+# Raise it whenever a picture or a caption changes: it names the cache, and seeds each item.
 RENDERER_VERSION = 5
 
 
@@ -216,7 +216,7 @@ def parse_caption(caption):
 
 
 def is_true(caption, labels, i):
-    """Is the caption true of item i? `labels` are those of labels_of(), or what a judge saw."""
+    """Is the caption true of item i? `labels` are those of labels_of()."""
     given = parse_caption(caption)
     assert given, f"not a caption of shapes: {caption!r}"
     vocabulary = {"shape": SHAPES, "colour": list(COLOURS), "size": SIZES}
@@ -247,9 +247,9 @@ PITCH = math.radians(30)
 COS, SIN = math.cos(PITCH), math.sin(PITCH)
 HEIGHT = {"cube": 2, "sphere": 2, "cylinder": 1.7, "cone": 2.1}    # for k = 1
 
-# What a small and a large solid span, in pixels of 32: the longer side of the outline. Size must be
-# visible in the picture, or "small" could not be told from "far away". In a stack the lower solid
-# is a little larger, so that the upper one does not hide it.
+# What a small and a large solid span, in pixels of 32: the longer side of the outline. The ranges
+# do not overlap, so that size can be read from the picture. In a stack the lower solid is a little
+# larger than an upper one of the same size, and so less hidden by it.
 SPANS = {"alone": [((9, 11), (14.5, 18))], "left of": [((9, 10.5), (14.2, 15))] * 2,
          "on top of": [((9, 10), (14.2, 15)), ((10.5, 11.5), (15.2, 16.5))]}
 EDGE, GAP = 1 - 0.5 / 16, 1 / 16    # half a pixel stays free at the edge, a pixel between solids
@@ -314,8 +314,8 @@ AMBIENT, DIFFUSE, SHINE = 0.5, 0.62, 0.35
 def render(scenes, size=32, title=None):
     """N scenes → uint8 (N, 3, size, size). Given a title, a progress bar goes to stderr."""
     # A picture is hundreds of small operations. Threads wait for each other at each of them, so
-    # two threads draw no faster than one. Processes do not wait for each other. The generator is
-    # not used, but without one the loader would take a number from torch's.
+    # two threads draw no faster than one. Processes do not wait for each other. The loader takes a
+    # number, which nothing uses, from this generator; without it, the number would be torch's.
     threads = torch.get_num_threads()
     loader = DataLoader(scenes, batch_size=PORTION, collate_fn=partial(traced, size=size),
                         generator=torch.Generator(),

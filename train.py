@@ -9,7 +9,7 @@ computed once. A stage trains one part: "ar-prior" ar_prior, and "decoder" with 
 text_decoder. For each part, a run leaves in runs/<data>
 
     <part>.pt          its weights: an average over the last steps of training ("EMA")
-    <part>.state.pt    all that a stopped run needs; the same command goes on from it
+    <part>.state.pt    all that a stopped run needs; the same command (not --restart) goes on
     <part>.csv         its losses
     <part>.png         pictures to watch: none of CLIP, of a prior only with a decoder of its CLIP
 
@@ -30,7 +30,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
-# Before torch is loaded: a thread that waits for others spins for some microseconds, then sleeps.
+# Before torch is loaded: a thread that waits for others spins for about 0.1 ms, then sleeps.
 # By default it spins for so long that two processes on the same cores starve each other.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
@@ -111,8 +111,8 @@ def train(run):
     if not state.step and not run.args.restart and run.files["pt"].exists():
         run.say(f"{run.files['pt']} will be replaced: it has no state to go on from")
     saved_at, began = time.monotonic(), time.monotonic() - state.seconds
-    bar = tqdm(desc=run.stage, total=r.steps, initial=state.step,    # in a file, two lines a minute
-               mininterval=1 if sys.stderr.isatty() else 30)
+    bar = tqdm(desc=run.stage, total=r.steps, initial=state.step, maxinterval=30,
+               mininterval=1 if sys.stderr.isatty() else 30)         # in a file, twice a minute
     with open_log(run) as log, signals_heeded() as stopped, bar:
         write_log(log, state.rows)
         if run.args.restart:                             # or it would pass for this run's state
@@ -129,8 +129,9 @@ def train(run):
         done = state.step == r.steps
         if state.step:                                   # a state of step 0 has nothing to tell
             save(run, state, pairs)
+    how = "; without --restart, this command goes on" if run.args.restart and not done else ""
     run.say(f"{'finished' if done else 'stopped'} at step {state.step} of {r.steps}, after "
-            f"{state.seconds / 60:.1f} minutes of training: {run.files['pt']}")
+            f"{state.seconds / 60:.1f} minutes of training: {run.files['pt']}{how}")
     return done and not stopped
 
 
@@ -203,7 +204,7 @@ def report(run, state, validation, log, bar):
                   f"validation {row['validation']}", file=sys.stderr)
         picture = picture_to_watch(run, state.ema, validation)
     state.rows.append(row)
-    bar.set_postfix(loss=row["loss"])
+    bar.set_postfix(loss=row["loss"], refresh=False)
     with writing(run.folder):
         write_log(log, state.rows)
         if picture is not None:
@@ -268,7 +269,7 @@ def load_pairs(run):
     tokenizer = run.clip and run.clip.tokenizer
     if learns_clip:
         most = dict(vocab=1024, context=64) if run.args.data == "shapes" else \
-            dict(vocab=4096, context=77)             # other captions have more words
+            dict(vocab=4096, context=77)             # other captions may have more words
         tokenizer = Tokenizer.learn([y for ys in sets[0].captions for y in ys], **most)
         if run.initial:                                # --init's weights know its tokens alone
             run.initial.tokenizer.words |= tokenizer.words
@@ -281,7 +282,7 @@ def load_pairs(run):
 class Pairs:
     """Pictures with captions, on the device as a whole: a batch is an index.
 
-    Captions repeat: the 240,000 of 60,000 renders are 52,500 different ones. So tokens and z_t are
+    Captions repeat: the 240,000 of 60,000 renders are 52,370 different ones. So tokens and z_t are
     kept once for each, and text_of has the indices of a picture's captions. CLIP is frozen, so z_i
     and z_t are computed here, once. If pictures may be mirrored, z_i has two views.
     small: for the upsampler, the same pictures in the size in which the decoder learns them. Area
@@ -290,7 +291,7 @@ class Pairs:
 
     def __init__(self, dataset, tokenizer, clip, device, shift=False, small=None):
         self.tokenizer, self.clip = tokenizer, clip
-        self.shift = shift and dataset.flips     # photographs and the like: they are few
+        self.shift = shift and dataset.flips     # photographs and the like: more can't be made
         self.images, self.flips = dataset.images.to(device), dataset.flips         # (N, 3, H, W)
         self.small = small and small.images.to(device)                     # (N, 3, H/4, W/4)
         self.texts = sorted({y for ys in dataset.captions for y in ys})
@@ -457,7 +458,8 @@ class Run:
 
     def load_clip(self):
         a, path = self.args, self.find("clip")
-        remedy = f"python train.py --stage clip --data {a.data} --size {a.size} --out {self.folder}"
+        out = "ANOTHER" if path and path.parent == self.folder else self.folder      # keep that one
+        remedy = f"python train.py --stage clip --data {a.data} --size {a.size} --out {out}"
         remedy += f" --data-dir {a.data_dir}" if a.data_dir else ""
         if path is None:
             raise FileNotFoundError(f"--out {self.folder}: it has no clip.pt; {remedy} makes it")
@@ -489,7 +491,8 @@ class Run:
 
 class State:
     """All that training changes: fresh, or as it was saved. Random numbers come from `generator`,
-    the learning rate from `step`. So on the same machine a stopped run goes on, bit for bit."""
+    the learning rate from `step`. So on the same CPU a stopped run goes on, bit for bit; on a GPU,
+    some sums may be taken in another order."""
 
     def __init__(self, run, model):
         r = run.recipe
@@ -512,7 +515,7 @@ class State:
                                  f"another device ({reason}); --restart begins anew") from None
 
     def update_ema(self):
-        """Average the weights over about the last ninth of the steps so far.
+        """Average the weights, for the most part over the last ninth of the steps so far.
 
         differs from the paper: its average forgets at a constant rate. In a short run that would
         keep the random first weights, or average over few steps at the end."""
@@ -631,9 +634,10 @@ def signals_heeded():
 
 def profile(run):
     """How fast a stage trains on this machine, and where its time goes: a row of a table. Nothing
-    is saved."""
+    is saved, but that renders and embeddings stay in the cache."""
     (pairs, _), r, b = load_pairs(run), run.recipe, SimpleNamespace()
     state = State(run, build(run, pairs))
+    check_memory(run, state.model, pairs)
 
     def forward():
         with autocast(run.device):
@@ -699,10 +703,11 @@ def parse(argv):
     add("--seed", type=int, default=0, help="of first weights, batches and noise (default: 0)")
     add("--out", help="folder of the run (default: runs/<data>)")
     add("--init", help="folder of weights to begin with")
-    add("--text-only", action="store_true", help="a decoder of captions alone, to compare with")
+    add("--text-only", action="store_true", help="with --stage decoder: one of captions alone, to "
+        "compare with")
     add("--restart", action="store_true", help="begin anew where a run was stopped or finished")
     add("--profile", action="store_true", help="train each stage for 20 seconds, say how fast "
-        "that was, and save nothing; all but clip and upsampler need a clip.pt")
+        "that was, and save no weights; all but clip and upsampler need a clip.pt")
     args = parser.parse_args(argv)
     args.restart |= args.profile                             # a profile begins with no saved state
     return args
@@ -718,6 +723,8 @@ def check(args):
             raise ValueError(f"--{name.replace('_', '-')} {value}: choose {least} to {most}")
     if args.text_only and args.stage != "decoder":
         raise ValueError(f"--text-only: is for --stage decoder, not {args.stage}")
+    if args.data_dir and args.data in ("shapes", "signs"):
+        raise ValueError(f"--data-dir {args.data_dir}: leave it out, --data {args.data} needs none")
     if args.init and args.stage == "all":
         raise ValueError(f"--init {args.init}: its parts belong to its own CLIP, not to a new one; "
                          f"choose one --stage")

@@ -335,6 +335,17 @@ def test_a_picture_is_upright_unless_its_orientation_is_unreadable(tmp_path, mon
     assert image[0, 8, 2] > 200 > 60 > image[2, 8, 2]      # red is on the left, as in the file
 
 
+def test_postscript_under_the_name_of_a_picture_is_refused_and_starts_no_program(
+        tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    (tmp_path / "gs").write_text(f"#!/bin/sh\n: > {tmp_path}/was_here\n")
+    (tmp_path / "gs").chmod(0o755)
+    (tmp_path / "a.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n\n%%EOF\n")
+    refused(lambda: data.read_image("a.png", 16), "a.png")
+    assert not (tmp_path / "was_here").exists()
+
+
 @pytest.mark.parametrize("mode, kind", [
     ("L", "jpg"), ("CMYK", "jpg"), ("1", "png"), ("LA", "png"), ("P", "png"), ("RGBA", "png")])
 def test_a_white_picture_is_read_as_white_in_every_mode(tmp_path, mode, kind):

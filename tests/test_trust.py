@@ -141,6 +141,7 @@ TRAIN = [
     ("--stage decoder --batch-size -8", "1 to"), ("--limit 0", "1 to"), ("--lr nan", "1e-12 to 1"),
     ("--seed -1", "0 to"), ("--device abacus", "--device cpu"), ("--device meta", "--device cpu"),
     ("--data faces", "folder"), ("red", "--help"), ("--stage prior --text-only", "--stage decoder"),
+    ("--data-dir bare --data shapes", "leave it out"),
     ("--stage decoder --init nowhere", "no such folder"), ("--init tiny", "--stage"),
     ("--stage decoder --init broken_decoder", "decoder.pt", "train.py"),
     ("--out text.png", "another folder"), ("--out text.png/below", "another folder"),
