@@ -109,7 +109,8 @@ def train(run):
         run.say(f"no clip.pt in {run.folder}, using {run.clip_path}")
     run.say(f"from step {state.step} to {r.steps}, {r.batch_size} pictures a step, on {run.device}")
     if not state.step and not run.args.restart and run.files["pt"].exists():
-        run.say(f"{run.files['pt']} will be replaced: it has no state to go on from")
+        run.say(f"{run.files['pt']} will be replaced: it has no state from which this run "
+                f"could go on")
     saved_at, began = time.monotonic(), time.monotonic() - state.seconds
     bar = tqdm(desc=run.stage, total=r.steps, initial=state.step, maxinterval=30,
                mininterval=1 if sys.stderr.isatty() else 30)         # in a file, twice a minute
@@ -427,7 +428,9 @@ class Run:
         with about("--init"):
             self.initial = args.init and load_part(Path(args.init) / f"{self.part}.pt", self.device)
         self.clip = self.decoder = None
-        if stage not in ("clip", "upsampler"):
+        if stage == "clip":
+            self.check_rest()
+        elif stage != "upsampler":
             self.clip = self.load_clip()
         if stage in ("prior", "ar-prior") and (path := self.find("decoder")):
             with suppress(ValueError, OSError):        # without a decoder that fits: no picture
@@ -469,9 +472,18 @@ class Run:
                              f"{self.args.size} has {self.image_size}; {remedy} makes one")
         return clip
 
+    def check_rest(self):
+        """Refuse a first CLIP beside parts that belong to another one: they would be lost."""
+        if not self.args.restart and not any(self.files[k].exists() for k in ("pt", "state.pt")):
+            for part in ("prior", "ar_prior", "decoder", "text_decoder"):
+                if (self.folder / f"{part}.pt").exists():
+                    raise ValueError(f"--out {self.folder}: its {part}.pt belongs to another CLIP; "
+                                     f"choose another folder, or --restart to give that part up")
+
     def load_state(self):
         """The saved state to go on from, or None. Raises ValueError if it is damaged, or if its run
-        had another identity."""
+        had another identity. If this command trains CLIP as well, the states of the CLIP before
+        count for nothing."""
         path = self.files["state.pt"]
         if self.args.restart or not path.exists():
             return None
@@ -481,6 +493,8 @@ class Run:
             assert type(saved["step"]) is int
         except (ValueError, TypeError, KeyError, AttributeError, AssertionError):
             raise ValueError(f"{path}: not a whole training state; --restart begins anew") from None
+        if self.args.stage == "all" and before.get("clip") != self.identity["clip"]:
+            return None
         changed = [f"{name} was {before.get(name)}, now {now}"
                    for name, now in self.identity.items() if repr(before.get(name)) != repr(now)]
         if changed:

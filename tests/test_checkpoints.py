@@ -146,6 +146,10 @@ def test_what_a_folder_lacks_is_taken_from_the_shipped_parts_of_its_clip_and_sai
     weights = CLIP(CLIPConfig(**config)).state_dict()
     copy_of(shipped, tmp_path / "run", "clip", clip_id="new", config=config, weights=weights)
     assert load_parts(tmp_path / "run").keys() == {"clip"}     # that upsampler enlarges 32 pixels
+    (tmp_path / "run" / "clip.pt").unlink()
+    copy_of(shipped, tmp_path / "run", "prior", clip_id="new")           # not the shipped CLIP's
+    with pytest.raises(OSError, match="clip.pt is missing; copy"):
+        load_parts(tmp_path / "run")
 
 
 @pytest.mark.parametrize("part, changes, message", [

@@ -290,6 +290,31 @@ def test_a_clip_that_went_on_learning_or_learnt_anew_is_another_one(call, copied
     assert status == 2 and all(word in err[0] for word in ("--restart", ids[0], ids[2]))
 
 
+def test_all_stages_after_a_new_clip_begin_anew_though_their_states_are_of_the_old_one(
+        call, copied, unseen, monkeypatch):
+    with monkeypatch.context() as patch:
+        at_step(patch, 1, interrupt)
+        status, err = call("--out", copied, "--restart")
+        assert status == 130 and "without --restart, this command goes on" in err[-1]
+    status, err = call("--out", copied)
+    assert status == 0 and sum("will be replaced" in line for line in err) == 3, err
+    assert load_parts(copied)["decoder"].clip_id == load_part(copied / "clip.pt").clip_id
+
+
+def test_a_first_clip_beside_parts_of_another_is_refused_before_any_work(
+        call, copied, unseen, monkeypatch):
+    for kind in ("pt", "state.pt"):
+        os.unlink(copied / f"clip.{kind}")
+    before = bytes_in(copied)
+    with monkeypatch.context() as patch:
+        patch.setattr(train.data, "load", None)
+        for stage in ("all", "clip"):
+            status, err = call("--stage", stage, "--out", copied)
+            assert status == 2 and len(err) == 1 and "prior.pt belongs to another CLIP" in err[0]
+    assert bytes_in(copied) == before
+    assert call("--stage", "clip", "--out", copied, "--restart")[0] == 0
+
+
 def test_a_stage_takes_the_shipped_clip_if_the_folder_has_none_and_says_so(
         call, tiny_weights, tmp_path, monkeypatch, unseen):
     shutil.copytree(tiny_weights, tmp_path / "weights" / "shapes")
