@@ -159,11 +159,13 @@ def load_parts(folder, device="cpu"):
     found = {part: load_part(folder / f"{part}.pt", device) for part in there if part in PARTS}
     first = found.get(there[0]) or load_part(folder / f"{there[0]}.pt")    # text_decoder.pt alone
     shipped = SHIPPED / first.trained["data"]
-    path = (folder if "clip" in found else shipped) / "clip.pt"
-    clip = found.get("clip") or path.exists() and load_part(path, device)
-    if "clip" not in found and not (clip and first.clip_id in (clip.clip_id, None)):
-        raise FileNotFoundError(f"{folder}: clip.pt is missing; "
-                                f"copy the one of its parts' CLIP, or train all: python train.py")
+    clip = found.get("clip")
+    if clip is None:
+        path = shipped / "clip.pt"
+        clip = load_part(path, device) if path.exists() else None
+        if clip is None or first.clip_id not in (clip.clip_id, None):    # an upsampler's is None
+            raise FileNotFoundError(f"{folder}: clip.pt is missing; copy the one of its parts' "
+                                    f"CLIP, or train all: python train.py")
     for part, model in found.items():
         check_clip(model, clip, folder / f"{part}.pt")
     for part in PARTS:

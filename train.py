@@ -109,8 +109,8 @@ def train(run):
         run.say(f"no clip.pt in {run.folder}, using {run.clip_path}")
     run.say(f"from step {state.step} to {r.steps}, {r.batch_size} pictures a step, on {run.device}")
     if not state.step and not run.args.restart and run.files["pt"].exists():
-        run.say(f"{run.files['pt']} will be replaced: it has no state from which this run "
-                f"could go on")
+        run.say(f"{run.files['pt']} will be replaced: no state is there from which "
+                f"this run could go on")
     saved_at, began = time.monotonic(), time.monotonic() - state.seconds
     bar = tqdm(desc=run.stage, total=r.steps, initial=state.step, maxinterval=30,
                mininterval=1 if sys.stderr.isatty() else 30)         # in a file, twice a minute
@@ -429,7 +429,7 @@ class Run:
             self.initial = args.init and load_part(Path(args.init) / f"{self.part}.pt", self.device)
         self.clip = self.decoder = None
         if stage == "clip":
-            self.check_rest()
+            self.check_neighbours()
         elif stage != "upsampler":
             self.clip = self.load_clip()
         if stage in ("prior", "ar-prior") and (path := self.find("decoder")):
@@ -472,8 +472,9 @@ class Run:
                              f"{self.args.size} has {self.image_size}; {remedy} makes one")
         return clip
 
-    def check_rest(self):
-        """Refuse a first CLIP beside parts that belong to another one: they would be lost."""
+    def check_neighbours(self):
+        """Refuse a first CLIP beside parts that belong to another one: they would be of no use
+        then, and --stage all would replace them."""
         if not self.args.restart and not any(self.files[k].exists() for k in ("pt", "state.pt")):
             for part in ("prior", "ar_prior", "decoder", "text_decoder"):
                 if (self.folder / f"{part}.pt").exists():
@@ -482,8 +483,7 @@ class Run:
 
     def load_state(self):
         """The saved state to go on from, or None. Raises ValueError if it is damaged, or if its run
-        had another identity. If this command trains CLIP as well, the states of the CLIP before
-        count for nothing."""
+        had another identity."""
         path = self.files["state.pt"]
         if self.args.restart or not path.exists():
             return None
@@ -494,7 +494,7 @@ class Run:
         except (ValueError, TypeError, KeyError, AttributeError, AssertionError):
             raise ValueError(f"{path}: not a whole training state; --restart begins anew") from None
         if self.args.stage == "all" and before.get("clip") != self.identity["clip"]:
-            return None
+            return None                    # CLIP was trained anew here, so its parts are as well
         changed = [f"{name} was {before.get(name)}, now {now}"
                    for name, now in self.identity.items() if repr(before.get(name)) != repr(now)]
         if changed:
