@@ -19,6 +19,7 @@ import tarfile
 import unicodedata
 import urllib.request
 import warnings
+import zipfile
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -53,7 +54,6 @@ class Dataset:
         return len(self.images)
 
 
-DATASETS = ("shapes", "signs", "cifar10", "coco", "folder")
 SPLITS = ("train", "validation")
 
 
@@ -75,9 +75,7 @@ def load(name, split, size=32, limit=None, data_dir=None, seed=0):
         raise ValueError(f"images of {size} pixels are too small: choose a size of 8 or more")
     if limit is not None and limit < 1:
         raise ValueError(f"a limit of {limit} leaves no images: choose 1 or more")
-    make = {"shapes": shapes, "signs": signs, "cifar10": cifar10, "coco": coco,
-            "folder": folder}[name]
-    return make(split, size, limit, data_dir, seed)
+    return DATASETS[name](split, size, limit, data_dir, seed)
 
 
 # ---- The cache ----------------------------------------------------------------------------------
@@ -92,12 +90,14 @@ def cache_folder():
                       ) from None
 
 
-def read_cache(name, like):
+def read_cache(name, like, axis=0):
     """The dict of tensors kept under this name, or None if there is none with the keys, the dtypes
-    and, but for the first axis, the shapes of the dict `like`."""
+    and, from this axis on, the shapes of the dict `like`."""
     def kinds(tensors):
-        return {key: (x.dtype, x.ndim, x.shape[1:]) for key, x in tensors.items()}
+        return {key: (x.dtype, x.ndim, x.shape[axis:]) for key, x in tensors.items()}
     try:
+        with zipfile.ZipFile(cache_folder() / name) as file:
+            assert file.testzip() is None    # torch does not compare the checksums
         kept = torch.load(cache_folder() / name, weights_only=True)
         return kept if kinds(kept) == kinds(like) else None
     except Exception:    # no file, a damaged one, or one that holds another thing
@@ -148,7 +148,7 @@ def fill(images, draw_item, name, bar):
     draw_item(i): (scene, captions). Returns the captions, as JSON in a tensor, and the labels."""
     scene, captions = draw_item(0)
     like = {"images": images, "captions": write_json([captions]), **labels_of([scene])}
-    block = read_cache(name, like) or {key: x[:0] for key, x in like.items()}
+    block = read_cache(name, like, axis=1) or {key: x[:0] for key, x in like.items()}
     kept = block.pop("images")[:len(images)]
     images[:len(kept)] = kept
     bar.update(len(kept))
@@ -210,8 +210,8 @@ def signs(split, size, limit, data_dir, seed):
     N = limit or {"train": 30_000, "validation": 2_000}[split]
     rngs = [random.Random(f"signs/{seed}/{split}/{i}") for i in range(N)]
     words, kept_as = list(map(a_word, rngs)), f"signs-v1-{split}-{size}px-seed{seed}-{N}.pt"
-    kept = read_cache(kept_as, {"images": torch.empty(0, 3, size, size, dtype=torch.uint8)})
-    if not kept or len(kept["images"]) != N:
+    kept = read_cache(kept_as, {"images": torch.empty(N, 3, size, size, dtype=torch.uint8)})
+    if kept is None:
         kept = {"images": torch.stack([draw_sign(word, rng, size) for word, rng in zip(
             tqdm(words, f"drawing {split} signs", delay=0.5), rngs)])}
         write_cache(kept_as, kept)
@@ -320,26 +320,31 @@ def read_images(files, names, size, title):
     made = {"images": torch.zeros(len(names), 3, size, size, dtype=torch.uint8),
             "sound": torch.zeros(len(names), dtype=torch.bool)}
     kept = read_cache(kept_as, made)
-    if kept is None or {*map(len, kept.values())} != {len(names)}:
+    if kept is None:
         kept = made
-        read_all([files[name] for name in names], title, **kept)
-        write_cache(kept_as, kept)
+        if read_all([files[name] for name in names], title, **kept):
+            write_cache(kept_as, kept)
     images, sound = kept["images"], kept["sound"]
     return [name for name, good in zip(names, sound) if good], \
         images if sound.all() else images[sound]
 
 
 def read_all(paths, title, images, sound):
-    """Write the pictures into `images`, and into `sound` which of them could be read."""
+    """Write the pictures into `images`, and into `sound` which of them could be read. Returns False
+    if the system failed at some of them: another time they may be read."""
+    failures = []
+
     def read(path):
         try:
             return upright(path, images.shape[-1])
-        except Exception:    # as in read_image()
-            return None
+        except Exception as error:    # as in read_image()
+            if isinstance(error, MemoryError) or getattr(error, "errno", None):
+                failures.append(error)    # Pillow's own errors have no number
     with lenient_pillow(), ThreadPool() as pool:
         for i, image in enumerate(tqdm(pool.imap(read, paths), title, len(paths), delay=0.5)):
             if image is not None:
                 images[i], sound[i] = image, True
+    return not failures
 
 
 # ---- Files, names and captions ------------------------------------------------------------------
@@ -408,7 +413,9 @@ def is_picture(name):
 def report(title, top, files, captions, N, left_out):
     """One line on stderr: how many pictures there are, and how many were left out, and why. Raises
     ValueError if there is none."""
-    left_out = {"without captions": sum(map(is_picture, files.keys() - captions.keys())),
+    others = files.keys() - captions.keys() - {"metadata.jsonl"}
+    pictures = sum(map(is_picture, others))
+    left_out = {"without captions": pictures, "of another kind": len(others) - pictures,
                 "missing": len(captions.keys() - files.keys()), **left_out}
     reasons = ", ".join(f"{n:,} {why}" for why, n in left_out.items() if n)
     line = f"{title}: {N:,} images" + (f" (left out: {reasons})" if reasons else "")
@@ -467,8 +474,9 @@ def read_cifar(source, names):
         return [found[name] for name in names]
     except Exception as error:    # a damaged or a hostile file may raise anything
         why = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"no CIFAR-10 in {source} ({why}): let --data-dir be its archive "
-                         "cifar-10-python.tar.gz, or the folder of that") from None
+        raise ValueError(f"no CIFAR-10 in {source} ({why}): delete it, to download it "
+                         "again, or let --data-dir be cifar-10-python.tar.gz or its folder"
+                         ) from None
 
 
 class ArrayUnpickler(pickle.Unpickler):
@@ -625,3 +633,6 @@ def held_out(images):
     hashes = [hashlib.md5(image.numpy().tobytes()).hexdigest() for image in images]
     bound = max("0ccc", min(hashes, default=""))    # 0x0ccc is a twentieth of 0xffff
     return [digest <= bound for digest in hashes]
+
+
+DATASETS = {"shapes": shapes, "signs": signs, "cifar10": cifar10, "coco": coco, "folder": folder}

@@ -317,9 +317,9 @@ class Pairs:
         for tensor in [self.images, self.tokens, *self.clip.state_dict().values()]:
             digest.update(tensor.cpu().contiguous().numpy())
         name = f"embeddings-v3-{digest.hexdigest()[:20]}.pt"
-        kept = data.read_cache(name, {"z_i": torch.zeros(0, len(self.images), D),
-                                      "z_t": torch.zeros(0, D)})
-        if kept is None or (len(kept["z_i"]), len(kept["z_t"])) != (len(views), len(self.texts)):
+        kept = data.read_cache(name, {"z_i": torch.empty(len(views), len(self.images), D),
+                                      "z_t": torch.empty(len(self.texts), D)})
+        if kept is None:
             z_t = [self.clip.encode_text(y) for y in self.tokens.split(500)]
             kept = {"z_i": torch.stack([embed_images(self.clip, view) for view in views]).cpu(),
                     "z_t": torch.cat(z_t).cpu()}
