@@ -394,8 +394,8 @@ def diversity(bench):
         ours, its = (row["entropy of colour"] for row in (rows[6], rows[-1]))    # guided by 6
         bench.claim("5.3", "guided by 6, unCLIP's cubes have more entropy of colour than a "
                     "text-only decoder's", ours, its)
-    bench.figure("diversity", torch.cat(shown), 8, "\"a cube\" at guidance 1, 3 and 6, by "
-                 f"{', '.join(decoders)}.")
+    bench.figure("diversity", torch.cat(shown), min(8, N), "\"a cube\" at guidance 1, 3 and 6, "
+                 f"by {', '.join(decoders)}.")
     bench.figure("guidance", line_charts(lines, "guidance")[None], 1, "Over the guidance scale.")
     return rows
 
@@ -498,7 +498,8 @@ def priors(bench):
     Energy distance to the renders, of z_i as they are, and whitened: 1 is that of a point at the
     renders' mean, which is what a regressor learns. Own caption: the share of z_i whose closest
     z_t, of these captions', is that of their own. The last row of each prior is the default in
-    drawing: it trades spread for fit, on purpose. Intervals are over captions."""
+    drawing: it trades spread for fit, on purpose. Intervals are over captions; near an energy
+    distance of 0 they are too narrow."""
     captions = list(dict.fromkeys(item("validation", i)[1][0] for i in range(500)))[:bench.most(30)]
     n, rows = bench.most(128), []
     y, z_t = [y for y in captions for _ in range(n)], bench.z_t(captions)
@@ -813,8 +814,9 @@ def overfit(bench):
     """Can a run on few pictures give them back from their z_i alone?
 
     Own closest: the share of results whose closest picture is their own."""
-    images = load(bench.unclip.clip.trained["data"], "train", bench.side, bench.most(100),
-                  bench.data_dir).images
+    trained = bench.unclip.clip.trained
+    few = min(bench.most(100), trained.get("limit") or 100)
+    images = load(trained["data"], "train", bench.side, few, bench.data_dir).images
     N = len(images)
     drawn = bench.decode(bench.encode(images), bench.x_T(N))
     each = torch.stack([psnr(drawn, image) for image in images], 1)      # (results, pictures)
@@ -968,6 +970,8 @@ def command(argv):
     if not fit:
         raise ValueError(f"--weights {args.weights}: no experiment fits what is there; train more")
     bench = Bench(unclip, args.weights, args.out, args.seed, args.n, args.data_dir)
+    with about("--weights"):
+        bench.text_only                      # if it does not fit, an hour later would be too late
     for name in [args.only] if args.only else fit:
         run(name, bench)
 

@@ -389,8 +389,8 @@ def fit_scenes(images, asked, judge, candidates=24, plan=((32, 16), (64, 6)), se
 
 
 def form(images, asked, judge, **search):
-    """uint8 (N, 3, S, S), S a multiple of 32, and N pairs (shape, colour) → PSNR (N,), in dB, of
-    each picture and the scene that fits it, in a box around the solid; and the scenes' renders.
+    """uint8 (N, 3, S, S), S 32 or a multiple of 64, and N pairs (shape, colour) → PSNR (N,), in dB,
+    of each picture and the scene that fits it, in a box around the solid; and these renders.
 
     The fit itself is not exact: form of renders says how much it loses.
     """
