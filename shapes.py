@@ -322,16 +322,16 @@ def render(scenes, size=32, title=None):
                         num_workers=threads if len(scenes) >= MANY and threads > 1 else 0)
     torch.set_num_threads(1)
     try:
-        # Clones: a batch from another process would keep a file open.
-        return torch.cat([some.clone() for some in tqdm(
+        return torch.cat([torch.from_numpy(some) for some in tqdm(
             loader, title, disable=title is None, unit_scale=PORTION)])
     finally:
         torch.set_num_threads(threads)
 
 
 def traced(scenes, size):
-    """Scenes → uint8 (N, 3, size, size)."""
-    return torch.stack([to_uint8(trace(scene, size)) for scene in scenes])
+    """Scenes → a uint8 array (N, 3, size, size). A tensor would go from process to process in
+    shared memory, of which a container may have little."""
+    return torch.stack([to_uint8(trace(scene, size)) for scene in scenes]).numpy()
 
 
 def in_torch(solid):
