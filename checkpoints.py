@@ -12,7 +12,7 @@ import os
 import sys
 import tempfile
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -215,6 +215,8 @@ def check_out(folder):
     """Refuse, before any work, a folder for results that can't be written. Nothing is made."""
     nearest = next(filter(os.path.lexists, (folder, *folder.parents)), folder)
     try:
+        with suppress(FileNotFoundError):
+            os.lstat(folder)                             # its name may be too long
         tempfile.TemporaryFile(dir=nearest).close()
     except OSError as error:
         raise OSError(f"--out {folder}: can't be written ({error.strerror}); choose another folder"

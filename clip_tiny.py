@@ -120,14 +120,12 @@ def pieces(text):
 
 def merge(ids, pair, new):
     """ids with every occurrence of the pair replaced by the id `new`."""
-    out, k = [], 0
-    while k < len(ids):
-        if tuple(ids[k:k + 2]) == pair:
-            out.append(new)
-            k += 2
+    out = []
+    for i in ids:
+        if (*out[-1:], i) == pair:
+            out[-1] = new
         else:
-            out.append(ids[k])
-            k += 1
+            out.append(i)
     return out
 
 
@@ -262,7 +260,12 @@ class CLIP(nn.Module):
         self.register_buffer("main", torch.ones(c.dim))              # 1 for a main axis, or else 0
 
     def encode_image(self, x):
-        """x (B, 3, H, W) in [-1, 1] → z_i (B, D), unit norm: the mean of the outputs, projected."""
+        """x (B, 3, H, W) in [-1, 1] → z_i (B, D), unit norm: the mean of the outputs, projected.
+        Raises ValueError if x is of another size than CLIP's."""
+        side = self.config.image_size
+        if x.shape[-2:] != (side, side):
+            raise ValueError(f"pictures of {x.shape[-1]}×{x.shape[-2]} pixels, and CLIP's have "
+                             f"{side}×{side}: generate(…, upsample=False) draws such")
         patches = self.stem(x).flatten(2).transpose(1, 2)            # (B, patches, width)
         h = self.image_transformer(patches + self.position)          # (B, patches, width)
         return F.normalize(self.image_projection(h.mean(dim=1)).float(), dim=-1)

@@ -221,9 +221,8 @@ class Decoder(nn.Module):
 
         z_i (B, D), or None to hide it; tokens (B, L), or None to hide them. One must be given.
         """
-        one = z_i if z_i is not None else tokens
-        z_i = one.new_zeros(len(one), self.config.dim).float() if z_i is None else z_i
-        tokens = one.new_full((len(one), 1), PAD).long() if tokens is None else tokens
+        z_i = tokens.new_zeros(len(tokens), self.config.dim).float() if z_i is None else z_i
+        tokens = z_i.new_full((len(z_i), 1), PAD).long() if tokens is None else tokens
         return guided(self, guidance, (z_i, tokens))
 
     @torch.no_grad()

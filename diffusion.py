@@ -109,7 +109,10 @@ class Diffusion(nn.Module):
         no noise, which is DDIM (Song et al. 2021): x_T decides all. noise(): fresh standard normal
         noise like x_T, needed if eta > 0. clamp: every estimate of x_0 is kept in [-1, 1], where
         pixels are. watch(t, x_t, x_0) is called at each step.
+        Raises ValueError for other steps or eta.
         """
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta {eta}: choose from 0 to 1")
         x_t, times = x_T, self.timesteps(steps)
         for t, s in zip(times, times[1:]):                             # from time t to time s < t
             ts = torch.full((len(x_t),), t, device=x_t.device)

@@ -48,7 +48,7 @@ class DiffusionPrior(nn.Module):
 
     # The noise schedule was made for pixels in [-1, 1], so the paper scales z_i to their variance.
     # Its factor is 17.2 for z_i of unit norm with 1,024 coordinates, whose std is 1/√1024: the
-    # product is 0.5375. The main axes of whitened z_i have a std of 1, so here this is the factor.
+    # product is 0.5375. Here that is the factor: main axes of whitened z_i have a std of nearly 1.
     SCALE = 0.5375
 
     def __init__(self, config):

@@ -112,7 +112,7 @@ def write(args, drawn):
     if total > IN_GRID:
         say(f"note: grid.png shows the first {IN_GRID} of {total} pictures")
     new = {*paths, out / "steps.png"} if args.show else {*paths}
-    if older := {p for p in out.glob("*.png") if p.stem.isdecimal() or p.stem == "steps"} - new:
+    if older := {p for p in out.glob("???*.png") if p.stem.isdecimal() or p.stem == "steps"} - new:
         say(f"note: {out} still holds pictures of an earlier run, as {min(older).name}")
     preview(sheet[:columns])
 
@@ -227,7 +227,12 @@ def check_numbers(args):
 
 def warn(args, unclip, ignored):
     """Tell what the user may not mean. Refuse captions that can't be read."""
-    if args.captions:
+    if args.edit:
+        for flag, caption in zip(("--to:", "--from:"), args.captions):
+            with about(flag):
+                unclip.clip.tokenizer([caption])
+        unclip.text_diff(*([caption] for caption in args.captions))      # refuses equal ones
+    elif args.captions:
         unclip.clip.tokenizer(args.captions)
     for caption in dict.fromkeys(args.captions):
         if unknown := unclip.clip.tokenizer.unknown_words(caption):

@@ -58,7 +58,6 @@ class UnCLIP:
 
     # ---- Drawing (sec. 2) ------------------------------------------------------------------
 
-    @torch.no_grad()
     def generate(self, captions, n=4, seed=0, prior="diffusion", upsample=True, batch=BATCH, **how):
         """n pictures of each caption (a string, or several) → (captions·n, 3, H, W), in order.
 
@@ -128,13 +127,11 @@ class UnCLIP:
         best = (z_i * z_t).sum(-1).argmax(dim=0)                                 # (B,)
         return z_i[best, torch.arange(len(best), device=self.device)]
 
-    @torch.no_grad()
     def draw_x(self, z_i, tokens, seed, rows, **how):
         """z_i (B, D) or None, tokens (B, L) or None → pictures of the decoder's size."""
         z_i = None if z_i is None else self.clip.whiten(z_i)
         return self.part("decoder").sample(z_i, tokens, self.noise(seed, rows, "decoder"), **how)
 
-    @torch.no_grad()
     def upsample(self, x, seed, rows):
         """(B, 3, h, w) → (B, 3, H, W); without an upsampler, x itself."""
         upsampler = self.parts["upsampler"]
@@ -158,15 +155,10 @@ class UnCLIP:
         """x (B, 3, H, W), of the decoder's size → z_i (B, D), which is what CLIP sees, and x_T
         (B, 3, H, W), which holds all the rest, by DDIM inversion. Raises ValueError if x is of
         another size."""
-        decoder = self.part("decoder")
-        if {*x.shape[-2:]} != {side := decoder.config.image_size}:
-            raise ValueError(f"pictures of {x.shape[-1]} pixels, and the decoder's have {side}: "
-                             f"generate(…, upsample=False) draws such")
-        z_i = self.clip.encode_image(x)
+        decoder, z_i = self.part("decoder"), self.clip.encode_image(x)
         f = decoder.given(self.clip.whiten(z_i), None)
         return z_i, decoder.diffusion.invert(f, x, steps)
 
-    @torch.no_grad()
     def decode(self, z_i, x_T, steps=50, eta=0.0, noise=None, guidance=1.0):
         """z_i and x_T → pictures. With eta 0, guidance 1 and the same steps, it almost
         undoes `latent`.
@@ -237,6 +229,8 @@ class UnCLIP:
 def in_batches(n, f, batch=BATCH):
     """Call f on the indices 0 … n − 1, `batch` at a time, and join the results. The last batch is
     filled up with copies, for the reason that `UnCLIP.batches` gives."""
+    if n < 1:
+        raise ValueError(f"{n} pictures: nothing to draw")
     indices = [*range(n), *[n - 1] * (-n % batch)]
     return torch.cat([f(indices[i:i + batch]) for i in range(0, len(indices), batch)])[:n]
 

@@ -12,7 +12,7 @@ import checkpoints
 from checkpoints import (ALL_PARTS, PARTS, SHIPPED, check_clip, load_part, load_parts, read_torch,
                          run_command, save_part, say, write_torch)
 from clip_tiny import CLIP, CLIPConfig
-from conftest import Surprise, same_bits
+from conftest import Surprise, raising, same_bits
 
 
 # ---- Files ---------------------------------------------------------------------------------------
@@ -30,7 +30,7 @@ def test_a_file_has_its_name_once_it_is_on_the_disk_and_a_failed_write_leaves_th
         write_torch(path, {"a": lambda: None})                             # can't be pickled
     for call in order:
         with monkeypatch.context() as patch, pytest.raises(OSError, match="full"):
-            patch.setattr(os, call, lambda *_: (_ for _ in ()).throw(OSError(28, "disk full")))
+            patch.setattr(os, call, raising(OSError(28, "disk full")))
             write_torch(path, {"a": 2})
     assert read_torch(path) == {"a": 1} and list(path.parent.iterdir()) == [path]
     with pytest.raises(OSError, match="new folder: .*train.py"):
@@ -178,12 +178,6 @@ def test_a_device_that_is_not_there_is_refused_in_one_line(shipped):
 
 
 # ---- Commands ------------------------------------------------------------------------------------
-
-def raising(error):
-    def command(argv):
-        raise error
-    return command
-
 
 @pytest.mark.parametrize("error, status, line", [
     (ValueError("--n 0:\nchoose more"), 2, "x.py: --n 0: choose more\n"),

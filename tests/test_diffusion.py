@@ -70,7 +70,7 @@ def test_the_loss_is_zero_for_the_right_v_and_weighs_an_error_of_v_by_the_object
 
 # ---- The sampler -------------------------------------------------------------------------------
 
-def test_times_fall_strictly_from_T_to_0_and_impossible_numbers_of_steps_are_refused():
+def test_times_fall_strictly_from_T_to_0_and_impossible_steps_and_etas_are_refused():
     for steps, power in itertools.product((1, 2, 64, 999, 1000), (1, 2)):
         times = Diffusion("x_0", power).timesteps(steps)
         assert len(times) == steps + 1 and times[0] == 1000 and times[-1] == 0
@@ -79,6 +79,9 @@ def test_times_fall_strictly_from_T_to_0_and_impossible_numbers_of_steps_are_ref
     for steps in (-1, 0, 1001):
         with pytest.raises(ValueError, match=f"{steps} sampling steps.*1 to 1000"):
             PROCESS.sample(gaussian, torch.zeros(1, 4), steps)
+    for eta in (-0.1, 1.5, float("nan")):
+        with pytest.raises(ValueError, match=f"eta {eta}: choose from 0 to 1"):
+            PROCESS.sample(gaussian, torch.zeros(1, 4), 8, eta)
     with pytest.raises(ValueError, match="1 steps.*2 or more"):
         PROCESS.invert(gaussian, torch.zeros(1, 4), 1)
 

@@ -163,7 +163,8 @@ SAMPLE = [
     ("--vary a.png --reconstruct a.png --show", "--vary", "--help"),
     ("--interpolate a.png --show", "--interpolate", "--help"),
     ("--edit a.png --show", "--edit", "--to"), ('--edit a.png --to ""', "empty", "red cube"),
-    ('--edit a.png --from "A  cube" --to "a cube"', "choose another"),
+    ('--edit a.png --from "A  zebra" --to "a zebra"', "choose another"),
+    ('--edit a.png --to "a cube" --from ""', "--from", "empty"),
     ("--vary nowhere.png", "give the path"), ("--vary bare", "not a file"),
     ("--reconstruct empty.png", "give a PNG"), ("--vary text.png", "give a PNG"),
     ("--interpolate a.png nowhere.png", "--interpolate", "give the path"),
@@ -171,12 +172,14 @@ SAMPLE = [
     ("x --weights broken_prior", "broken_prior/prior.pt", "train.py"),
     ("x --weights no_clip", "clip.pt", "train.py"), ("x --weights no_prior", "--stage prior"),
     ("x --prior ar --weights no_ar_prior", "--stage ar-prior"),
-    ("--vary a.png --weights no_decoder", "--stage decoder"), ("x --out link", "another folder")]
+    ("--vary a.png --weights no_decoder", "--stage decoder"), ("x --out link", "another folder"),
+    (f"x --out {'o' * 300}", "too long", "another folder")]
 EVALUATE = [
     ("--only nothing", "judge"), ("--only cifar10", "choose"), ("--n 2", "3 or more"),
     (f"--seed {2 ** 64}", "below"),
     ("--n x", "--help"), ("--seed -1", "0 or more"), ("--device abacus", "cpu"),
     ("--weights broken_clip", "clip.pt", "train.py"), ("--out text.png", "another folder"),
+    ("--weights broken_text_decoder", "text_decoder.pt", "train.py"),
     ("--only vary --weights no_decoder", "--stage decoder"),
     ("--only vary --out notes", "another --out")]
 PROGRAMS = {"train": train, "sample": sample, "evaluate": evaluate}
@@ -193,12 +196,12 @@ def litter(tiny_weights, tmp_path_factory):
     (top / "link").symlink_to("nowhere"), (top / "tiny").symlink_to(tiny_weights)
     (top / "notes").mkdir(), (top / "notes" / "README.md").write_text("mine")
     (top / "bare").mkdir(), (top / "logs" / "clip.csv").mkdir(parents=True)
-    for part in ("clip", "prior", "ar_prior", "decoder"):
+    for part in ("clip", "prior", "ar_prior", "decoder", "text_decoder"):
         for folder in (top / f"no_{part}", top / f"broken_{part}"):
             folder.mkdir()
             for file in tiny_weights.iterdir():
                 (folder / file.name).symlink_to(file)
-            (folder / f"{part}.pt").unlink()
+            (folder / f"{part}.pt").unlink(missing_ok=True)
         (folder / f"{part}.pt").write_bytes(b"PK" + bytes(5000))
     return top
 
@@ -221,7 +224,7 @@ def test_a_wrong_command_ends_in_one_line_with_flag_value_and_remedy_before_any_
     assert sorted(litter.rglob("*")) == before
 
 
-def test_the_programs_know_the_flags_of_every_command_of_the_readme():
+def test_train_and_sample_know_the_flags_of_every_command_of_the_readme():
     readme = (ROOT / "README.md").read_text("utf-8")
     typed = re.findall(r"python (train|sample)\.py([^`#\n]*)", readme)
     for program, line in typed:

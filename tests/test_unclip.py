@@ -72,8 +72,11 @@ def test_nothing_to_draw_and_a_picture_of_another_size_are_refused(model):
     for captions, n in ([], 4), ("a red cube", 0):
         with pytest.raises(ValueError, match="nothing to draw"):
             model.generate(captions, n)
-    with pytest.raises(ValueError, match="128 pixels.* have 32: .*upsample=False"):
-        model.vary(x)
+    for make in model.vary, lambda x: model.interpolate(x, x, fixed_noise=True):
+        with pytest.raises(ValueError, match="128×128 pixels.* have 32×32: .*upsample=False"):
+            make(x)
+    with pytest.raises(ValueError, match="nothing to draw"):
+        model.vary(x[..., :32, :32], n=0, steps=2)
 
 
 @pytest.mark.parametrize("prior", ["diffusion", "ar", "text", "none"])
