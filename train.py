@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 import data
 from checkpoints import (ALL_PARTS, SHIPPED, Parser, about, check_clip, check_out, find_device,
-                         load_part, read_torch, run_command, save_part, say, sound_weights,
+                         load_part, misfit, read_torch, run_command, save_part, say, sound_weights,
                          write_torch)
 from clip_tiny import Tokenizer, components_needed
 from diffusion import Noise
@@ -98,9 +98,10 @@ MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os,
 
 def train(run):
     """Train one stage to its end, or until a signal stops it; True if it ended by itself."""
-    if run.saved and run.saved["step"] == run.recipe.steps and run.made():
-        run.say(f"finished already: {run.files['pt']}; --restart begins anew")
-        return True
+    with suppress(ValueError, OSError):                  # a part that is missing is made again
+        if run.saved and run.saved["step"] == run.recipe.steps and load_part(run.files["pt"]):
+            run.say(f"finished already: {run.files['pt']}; --restart begins anew")
+            return True
     pairs, validation = load_pairs(run)
     model, r = build(run, pairs), run.recipe
     check_memory(run, model, pairs)
@@ -112,18 +113,21 @@ def train(run):
         run.say(f"{run.files['pt']} will be replaced: no state is there from which "
                 f"this run could go on")
     saved_at, began = time.monotonic(), time.monotonic() - state.seconds
-    bar = tqdm(desc=run.stage, total=r.steps, initial=state.step, maxinterval=30,
-               mininterval=1 if sys.stderr.isatty() else 30)         # in a file, twice a minute
-    with open_log(run) as log, signals_heeded() as stopped, bar:
-        write_log(log, state.rows)
+    often = 1 if sys.stderr.isatty() else 30             # seconds; in a file, twice a minute
+    with open_log(run), signals_heeded() as stopped, tqdm(
+            None, run.stage, r.steps, initial=state.step, mininterval=often, maxinterval=30) as bar:
+        with writing(run.folder):
+            write_log(run.files["csv"], state.rows)
         if run.args.restart:                             # or it would pass for this run's state
             run.files["state.pt"].unlink(missing_ok=True)
+            if run.args.stage == "all":                  # nor the upsampler's: it has no CLIP's id
+                (run.folder / "upsampler.state.pt").unlink(missing_ok=True)
         while state.step < r.steps and not stopped:
             take_step(run, state, pairs)
             state.seconds = time.monotonic() - began
             bar.update()
             if state.step % math.ceil(r.steps / LOG_ROWS) == 0 or state.step == r.steps:
-                report(run, state, validation, log, bar)
+                report(run, state, validation, bar)
             if time.monotonic() - saved_at > SAVE_SECONDS:
                 save(run, state, pairs)
                 saved_at = time.monotonic()
@@ -190,7 +194,7 @@ def autocast(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
-def report(run, state, validation, log, bar):
+def report(run, state, validation, bar):
     """A row of the log. Every tenth row, and the last, tells the averaged weights' error on
     validation data too, and comes with a new picture to watch."""
     check_finite(run, state)
@@ -198,18 +202,17 @@ def report(run, state, validation, log, bar):
     state.sums.zero_()
     row = {"step": state.step, "minutes": round(state.seconds / 60, 2),
            "lr": float(f"{learning_rate(state.step - 1, run.recipe):.3g}"), "loss": round(loss, 5)}
-    picture = None
     if len(state.rows) % 10 == 9 or state.step == run.recipe.steps:
         row |= {name: round(value, 5) for name, value in validate(run, state.ema, validation)}
         bar.write(f"{run.stage}: step {state.step}, {row['minutes']} min, loss {row['loss']}, "
                   f"validation {row['validation']}", file=sys.stderr)
-        picture = picture_to_watch(run, state.ema, validation)
+        if (picture := picture_to_watch(run, state.ema, validation)) is not None:
+            with writing(run.folder):
+                write_png(run.files["png"], picture)
     state.rows.append(row)
     bar.set_postfix(loss=row["loss"], refresh=False)
     with writing(run.folder):
-        write_log(log, state.rows)
-        if picture is not None:
-            write_png(run.files["png"], picture)
+        write_log(run.files["csv"], state.rows)
 
 
 @torch.no_grad()
@@ -364,11 +367,9 @@ def embed_images(clip, images):
 def shifted(x, generator, most=4):
     """Every picture moved by up to `most` pixels, its border repeated: in place of CLIP's crops."""
     B, _, H, W = x.shape
-    dy, dx = torch.randint(-most, most + 1, (2, B, 1), device=x.device, generator=generator)
-    rows = (torch.arange(H, device=x.device) + dy).clamp(0, H - 1)
-    columns = (torch.arange(W, device=x.device) + dx).clamp(0, W - 1)
-    item = torch.arange(B, device=x.device)[:, None, None]
-    return x[item, :, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
+    places = F.pad(x, [most] * 4, mode="replicate").unfold(2, H, 1).unfold(3, W, 1)
+    top, left = torch.randint(2 * most + 1, (2, B), device=x.device, generator=generator)
+    return places[torch.arange(B, device=x.device), :, top, left]
 
 
 def build(run, pairs):
@@ -388,7 +389,7 @@ def build(run, pairs):
         if run.initial:
             options |= {key: getattr(run.initial.config, key) for key in ("components", "buckets")}
         else:                                        # no more buckets than there are values
-            options |= {"components": components_needed(run.clip.whiten(z_i).var(0)),
+            options |= {"components": components_needed(run.clip.whiten(z_i).var(0, correction=0)),
                         "buckets": min(options.get("buckets", config.buckets), len(z_i))}
         run.say(f"writes {options['components']} axes of whitened z_i")
     torch.manual_seed(run.args.seed)
@@ -423,6 +424,9 @@ class Run:
         self.files = {kind: self.folder / f"{self.part}.{kind}"
                       for kind in ("pt", "state.pt", "csv", "png")}
         check_out(self.folder)
+        if args.init and Path(args.init).resolve() == self.folder.resolve():
+            raise ValueError(f"--init {args.init}: its weights would be replaced on the way; "
+                             f"choose another --out")
         if self.files["csv"].exists():
             open_log(self).close()                     # is another run at work?
         with about("--init"):
@@ -435,8 +439,7 @@ class Run:
         if stage in ("prior", "ar-prior") and (path := self.find("decoder")):
             with suppress(ValueError, OSError):        # without a decoder that fits: no picture
                 decoder = load_part(path, self.device)
-                check_clip(decoder, self.clip, "")
-                self.decoder = decoder
+                self.decoder = None if misfit(decoder, self.clip) else decoder
         if self.initial and self.clip:
             check_clip(self.initial, self.clip, f"--init {args.init}")
         flags = ("data", "data_dir", "limit", "size", "seed", "init")
@@ -446,12 +449,6 @@ class Run:
 
     def say(self, text):
         say(f"{self.stage}: {text}")
-
-    def made(self):
-        """Is the part there, and whole?"""
-        with suppress(ValueError, OSError):
-            return bool(load_part(self.files["pt"]))
-        return False
 
     def find(self, part):
         """Where a trained part lies: in this run's folder, in --init's, or shipped; or None."""
@@ -475,11 +472,11 @@ class Run:
     def check_neighbours(self):
         """Refuse a first CLIP beside parts that belong to another one: they would be of no use
         then, and --stage all would replace them."""
-        if not self.args.restart and not any(self.files[k].exists() for k in ("pt", "state.pt")):
+        if not self.args.restart and not self.files["state.pt"].exists():
             for part in ("prior", "ar_prior", "decoder", "text_decoder"):
                 if (self.folder / f"{part}.pt").exists():
-                    raise ValueError(f"--out {self.folder}: its {part}.pt belongs to another CLIP; "
-                                     f"choose another folder, or --restart to give that part up")
+                    raise ValueError(f"--out {self.folder}: its {part}.pt would belong to another "
+                                     f"CLIP; choose another folder, or --restart to give it up")
 
     def load_state(self):
         """The saved state to go on from, or None. Raises ValueError if it is damaged, or if its run
@@ -499,7 +496,7 @@ class Run:
                    for name, now in self.identity.items() if repr(before.get(name)) != repr(now)]
         if changed:
             raise ValueError(f"{path}: a run of another configuration ({'; '.join(changed)}); give "
-                             f"the same to go on, or --restart to begin anew")
+                             f"the same to go on, or --stage {self.stage} --restart to begin anew")
         return saved
 
 
@@ -606,7 +603,7 @@ def open_log(run):
     system takes the lock away when the file is closed or the process dies."""
     with writing(run.folder):
         run.folder.mkdir(parents=True, exist_ok=True)
-        log = open(run.files["csv"], "a", newline="", encoding="utf-8")
+        log = open(run.files["csv"], "a")
     try:
         import fcntl
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -620,14 +617,13 @@ def open_log(run):
     return log
 
 
-def write_log(log, rows):
+def write_log(path, rows):
     """The whole log anew: a run that was killed leaves rows that its state does not have."""
-    log.truncate(0)
     columns = ["step", "minutes", "lr", "loss", "validation", *(k for row in rows for k in row)]
-    writer = csv.DictWriter(log, dict.fromkeys(columns), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    log.flush()
+    with open(path, "w", newline="", encoding="utf-8") as file:      # closed here: errors come now
+        writer = csv.DictWriter(file, dict.fromkeys(columns), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 @contextmanager
@@ -693,11 +689,9 @@ def rates(device):
     conv = torch.nn.Conv2d(64, 64, 3, padding=1, device=device)
     work = {"products": (lambda: (a @ a).sum().backward(), 3 * 2 * 1024 ** 3),
             "convolutions": (lambda: conv(x).sum().backward(), 3 * 2 * 9 * 64 * 64 * 16 * 32 ** 2)}
-
-    def best(f):
-        with autocast(device):
-            return min(timed(f, device) for _ in range(8))
-    return {name: flop / best(f) / 1e9 for name, (f, flop) in work.items()}
+    with autocast(device):
+        return {name: flop / 1e9 / min(timed(f, device) for _ in range(8))
+                for name, (f, flop) in work.items()}
 
 
 # ---- The command ---------------------------------------------------------------------------------

@@ -91,7 +91,7 @@ def test_a_process_killed_at_random_moments_loses_nothing_that_was_saved(two_fol
     (parts / "clip.pt").unlink() if stage == "clip" else None
     state, chance = parts / f"{part}.state.pt", random.Random(stage)
     options = dict(steps=10 * kills)
-    in_a_save = done = 0
+    in_a_save = done = saved = 0
     while done < kills and not (done and read_torch(state)["step"] >= options["steps"] - 1):
         before = state.stat().st_mtime_ns if done else 0
         process = multiprocessing.get_context("fork").Process(
@@ -104,6 +104,8 @@ def test_a_process_killed_at_random_moments_loses_nothing_that_was_saved(two_fol
         process.join()
         assert process.exitcode == -signal.SIGKILL
         load_part(parts / f"{part}.pt")                                  # is whole at any time
+        last, saved = saved, read_torch(state)["step"]
+        assert saved > last
         in_a_save, done = in_a_save + any(parts.glob("*.tmp")), done + 1
     step = read_torch(state)["step"]
     print(f"{stage}: {done} kills, {in_a_save} of them in a save, up to step {step}")
