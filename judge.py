@@ -195,7 +195,7 @@ def load_judge(folder, part="judge", device="cpu", data_dir=None):
         photos = load("cifar10", "train", data_dir=data_dir)
         pictures, labels = photos.images, photos.labels
     train_judge(judge, pictures, labels, vary, steps)
-    save_part(own, part, judge, {"data": dataset, "seed": 0}, half=True)
+    save_part(own, part, judge, {"data": dataset, "seed": 0, "steps": steps}, half=True)
     return load_part(own, device, {part: (Judge, JudgeConfig)})      # rounded, as it will be read
 
 
