@@ -264,8 +264,8 @@ class CLIP(nn.Module):
         Raises ValueError if x is of another size than CLIP's."""
         side = self.config.image_size
         if x.shape[-2:] != (side, side):
-            raise ValueError(f"pictures of {x.shape[-1]}×{x.shape[-2]} pixels, and CLIP's have "
-                             f"{side}×{side}: generate(…, upsample=False) draws such")
+            raise ValueError(f"pictures of {x.shape[-1]}×{x.shape[-2]} pixels, and CLIP sees "
+                             f"{side}×{side}: resize them")
         patches = self.stem(x).flatten(2).transpose(1, 2)            # (B, patches, width)
         h = self.image_transformer(patches + self.position)          # (B, patches, width)
         return F.normalize(self.image_projection(h.mean(dim=1)).float(), dim=-1)

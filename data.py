@@ -635,4 +635,5 @@ def held_out(images):
     return [digest <= bound for digest in hashes]
 
 
+# Of each name: what loads it. It stands here, because the functions must be there first.
 DATASETS = {"shapes": shapes, "signs": signs, "cifar10": cifar10, "coco": coco, "folder": folder}

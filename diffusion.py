@@ -109,7 +109,7 @@ class Diffusion(nn.Module):
         no noise, which is DDIM (Song et al. 2021): x_T decides all. noise(): fresh standard normal
         noise like x_T, needed if eta > 0. clamp: every estimate of x_0 is kept in [-1, 1], where
         pixels are. watch(t, x_t, x_0) is called at each step.
-        Raises ValueError for other steps or eta.
+        Raises ValueError unless eta is from 0 to 1 and steps from 1 to T.
         """
         if not 0 <= eta <= 1:
             raise ValueError(f"eta {eta}: choose from 0 to 1")

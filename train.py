@@ -115,12 +115,13 @@ def train(run):
     saved_at, began = time.monotonic(), time.monotonic() - state.seconds
     often = 1 if sys.stderr.isatty() else 30             # seconds; in a file, twice a minute
     with open_log(run), signals_heeded() as stopped, tqdm(
-            None, run.stage, r.steps, initial=state.step, mininterval=often, maxinterval=30) as bar:
+            desc=run.stage, total=r.steps, initial=state.step, mininterval=often,
+            maxinterval=30) as bar:
         with writing(run.folder):
             write_log(run.files["csv"], state.rows)
         if run.args.restart:                             # or it would pass for this run's state
             run.files["state.pt"].unlink(missing_ok=True)
-            if run.args.stage == "all":                  # nor the upsampler's: it has no CLIP's id
+            if run.args.stage == "all":                  # names no CLIP by which its age is seen
                 (run.folder / "upsampler.state.pt").unlink(missing_ok=True)
         while state.step < r.steps and not stopped:
             take_step(run, state, pairs)
@@ -470,8 +471,8 @@ class Run:
         return clip
 
     def check_neighbours(self):
-        """Refuse a first CLIP beside parts that belong to another one: they would be of no use
-        then, and --stage all would replace them."""
+        """Refuse a new CLIP beside parts that belong to another one: they would be of no use then,
+        and --stage all would replace them."""
         if not self.args.restart and not self.files["state.pt"].exists():
             for part in ("prior", "ar_prior", "decoder", "text_decoder"):
                 if (self.folder / f"{part}.pt").exists():

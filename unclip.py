@@ -148,13 +148,14 @@ class UnCLIP:
 
     # ---- Manipulating (sec. 3) ---------------------------------------------------------------
     # By default nothing is guided here, and nothing is clamped on the way: a latent is to lead back
-    # to its picture. The caption is hidden: what a picture shows is in its z_i.
+    # to its picture. The caption is hidden: what a picture shows is in its z_i. Pictures must have
+    # the size that CLIP sees and the decoder draws, as those of generate(…, upsample=False) have.
+    # Another size, and an n below 1, raise ValueError.
 
     @torch.no_grad()
     def latent(self, x, steps=50):
         """x (B, 3, H, W), of the decoder's size → z_i (B, D), which is what CLIP sees, and x_T
-        (B, 3, H, W), which holds all the rest, by DDIM inversion. Raises ValueError if x is of
-        another size."""
+        (B, 3, H, W), which holds all the rest, by DDIM inversion."""
         decoder, z_i = self.part("decoder"), self.clip.encode_image(x)
         f = decoder.given(self.clip.whiten(z_i), None)
         return z_i, decoder.diffusion.invert(f, x, steps)
