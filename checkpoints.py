@@ -7,7 +7,6 @@ copy of its file keeps the id, and a part that was trained on this CLIP stores t
 """
 
 import argparse
-import ctypes
 import os
 import sys
 import tempfile
@@ -236,7 +235,6 @@ def run_command(name, command, argv=None):
         if hasattr(stream, "reconfigure"):              # name of a file may be no text at all
             raw = stream is sys.stdout and stream.encoding.lower() in ("utf-8", "utf8")
             stream.reconfigure(errors="surrogateescape" if raw else "backslashreplace")
-    keep_freed_memory()
     try:
         return command(argv) or 0
     except (ValueError, OSError) as error:
@@ -248,16 +246,3 @@ def run_command(name, command, argv=None):
     except KeyboardInterrupt:
         return 130
     return 2
-
-
-def keep_freed_memory():
-    """glibc returns large freed blocks to the system, and asks for them again at the next step. Let
-    it keep them: all, or before glibc 2.35 those below 32 MB. Elsewhere, this does nothing."""
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return
-    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3      # of the latter, an old glibc takes the first
-    for option, value in ((M_TRIM_THRESHOLD, 2**31 - 1), (M_MMAP_THRESHOLD, 2**25),
-                          (M_MMAP_THRESHOLD, 2**30)):
-        mallopt(option, value)
