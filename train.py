@@ -121,7 +121,7 @@ def train(run):
             write_log(run.files["csv"], state.rows)
         if run.args.restart:                             # or it would pass for this run's state
             run.files["state.pt"].unlink(missing_ok=True)
-            if run.args.stage == "all":                  # names no CLIP by which its age is seen
+            if run.args.stage == "all":                  # the upsampler's, too: it names no CLIP
                 (run.folder / "upsampler.state.pt").unlink(missing_ok=True)
         while state.step < r.steps and not stopped:
             take_step(run, state, pairs)

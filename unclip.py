@@ -28,6 +28,8 @@ PRIORS = {"diffusion": "prior", "ar": "ar_prior"}       # by name: the part that
 
 class UnCLIP:
     """CLIP, priors, decoder and upsampler in one. Pictures are float (B, 3, H, W) in [-1, 1].
+    Given ones (sec. 3) have the size that CLIP sees and the decoder draws, as those of
+    generate(…, upsample=False) have. Another size, and an n below 1, raise ValueError.
 
     Every part but CLIP may be None. All that is random is a function of the seed and of a picture's
     row, its index within its prompt. CLIP is frozen: it is no sub-module of the others, so their
@@ -148,9 +150,7 @@ class UnCLIP:
 
     # ---- Manipulating (sec. 3) ---------------------------------------------------------------
     # By default nothing is guided here, and nothing is clamped on the way: a latent is to lead back
-    # to its picture. The caption is hidden: what a picture shows is in its z_i. Pictures must have
-    # the size that CLIP sees and the decoder draws, as those of generate(…, upsample=False) have.
-    # Another size, and an n below 1, raise ValueError.
+    # to its picture. The caption is hidden: what a picture shows is in its z_i.
 
     @torch.no_grad()
     def latent(self, x, steps=50):
