@@ -569,7 +569,9 @@ def folder(split, size, limit, data_dir, seed):
     # Both splits number the same classes, though one of them may have no picture of some.
     classes = sorted({kind for _, class_of, _ in found.values() for kind in class_of.values()})
     top, files, (captions, class_of, empty) = tops[split], files[tops[split]], found[tops[split]]
-    names, broken = sorted(files.keys() & captions.keys()), 0
+    # In order of their hashes: if sorted, the first pictures would all be of one class.
+    hashed = lambda name: hashlib.md5(os.fsencode(name)).digest()
+    names, broken = sorted(files.keys() & captions.keys(), key=hashed), 0
     if len(found) == 1:
         sound, at_32 = read_images(files, names, 32, "folder, to split it")
         broken = len(names) - len(sound)

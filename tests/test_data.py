@@ -287,6 +287,8 @@ def test_class_folders_give_captions_and_labels_and_folders_of_splits_stay_apart
     assert "2 classes: " in (said := capsys.readouterr().err)
     assert said.count("(left out: 2 without captions, 1 of another kind)") == 2
     assert sum(map(len, sets)) == 40
+    first = sets[0].labels["class"][:20]    # in order of names, they would all be owls
+    assert 4 <= first.sum() <= 16
     for mine in sets:
         assert mine.classes == ["old owl", "zebra"] and mine.flips
         for image, captions, k in zip(mine.images, mine.captions, mine.labels["class"]):
