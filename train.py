@@ -298,6 +298,8 @@ class Pairs:
         self.tokenizer, self.clip = tokenizer, clip
         self.shift = shift and dataset.flips     # photographs and the like: more can't be made
         self.images, self.flips = dataset.images.to(device), dataset.flips         # (N, 3, H, W)
+        if small and len(small) != len(dataset):
+            raise ValueError("some pictures could be read in one of two sizes only: try it again")
         self.small = small and small.images.to(device)                     # (N, 3, H/4, W/4)
         self.texts = sorted({y for ys in dataset.captions for y in ys})
         place, most = {y: k for k, y in enumerate(self.texts)}, max(map(len, dataset.captions))

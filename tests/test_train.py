@@ -507,6 +507,10 @@ def test_the_upsampler_gets_each_picture_in_two_sizes_mirrored_alike(monkeypatch
     b = pairs.draw(40, seeded())
     assert b.x.shape == (40, 3, 128, 128) and b.low.shape == (40, 3, 32, 32)
     assert torch.allclose(nn.functional.avg_pool2d(b.x, 4), b.low, atol=0.5 / 127.5 + 1e-5)
+    monkeypatch.setattr(train.data, "load", lambda name, split, size, *_: Dataset(
+        large[size // 128:, :, :size, :size].byte(), [["a"]] * (20 - size // 128), {}, [], True))
+    with pytest.raises(ValueError, match="one of two sizes"):       # one of the large is broken
+        train.load_pairs(run_of("upsampler", "--out", "nowhere"))
 
 
 # ---- What a user types ---------------------------------------------------------------------------
