@@ -29,7 +29,7 @@ PRIORS = {"diffusion": "prior", "ar": "ar_prior"}       # by name: the part that
 class UnCLIP:
     """CLIP, priors, decoder and upsampler in one. Pictures are float (B, 3, H, W) in [-1, 1].
     Given ones (sec. 3) have the size that CLIP sees and the decoder draws, as those of
-    generate(…, upsample=False) have. Another size, and an n below 1, raise ValueError.
+    generate(…, upsample=False) have. Another size, and n = 0, raise ValueError.
 
     Every part but CLIP may be None. All that is random is a function of the seed and of a picture's
     row, its index within its prompt. CLIP is frozen: it is no sub-module of the others, so their
