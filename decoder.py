@@ -311,7 +311,8 @@ def blur(x, sigma=0.6):
     i = torch.arange(-1, 2, device=x.device, dtype=x.dtype)
     g = torch.exp(-(i / sigma) ** 2 / 2)
     kernel = (g[:, None] * g / g.sum() ** 2).expand(x.shape[1], 1, 3, 3)
-    return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), kernel, groups=x.shape[1])
+    with torch.autocast(x.device.type, enabled=False):               # bf16 would round pictures
+        return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), kernel, groups=x.shape[1])
 
 
 def crop(x, enlarged, side, factor, rand):

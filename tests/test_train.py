@@ -390,14 +390,30 @@ def test_no_step_waits_for_the_device_and_all_weights_learn_but_those_of_clip(tr
     pairs, _ = train.load_pairs(run)
     state = train.State(run, train.build(run, pairs))
     start, clip = copy.deepcopy((state.model.state_dict(), run.clip and run.clip.state_dict()))
-    with NoWaits():
-        torch.cuda.set_sync_debug_mode("error") if device == "cuda" else None
-        for _ in range(3):                           # some layers learn when others did
-            train.take_step(run, state, pairs)
+    torch.cuda.set_sync_debug_mode("error") if device == "cuda" else None
+    try:
+        with NoWaits():
+            for _ in range(3):                       # some layers learn when others did
+                train.take_step(run, state, pairs)
+    finally:
         torch.cuda.set_sync_debug_mode("default") if device == "cuda" else None
     assert not state.sums.requires_grad              # or it would keep the graph of every step
     same = [name for name, p in state.model.named_parameters() if torch.equal(p, start[name])]
     assert not same and (clip is None or same_bits(run.clip.state_dict(), clip)), same
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_loss_in_bf16_as_on_a_gpu_is_near_that_in_float32(trained, stage):
+    run = run_of(stage, "--out", trained, "--restart")
+    pairs, _ = train.load_pairs(run)
+    model, losses = train.build(run, pairs), []
+    for p in model.parameters():                     # what begins at zero must compute as well
+        p.data += 0.02 * torch.randn(p.shape, generator=seeded())
+    for bf16 in False, True:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            losses.append(train.STAGES[stage](model, pairs.draw(8, g := seeded()), g))
+    assert losses[0].dtype == losses[1].dtype == torch.float32
+    assert torch.isclose(*losses, rtol=0.02) and losses[0] != losses[1]
 
 
 @pytest.mark.parametrize("image_size", [32, 64])
