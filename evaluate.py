@@ -917,7 +917,7 @@ def run(name, bench):
         (f" --n {bench.n}" if bench.n else "") + \
         (" --data-dir …" if bench.data_dir else "") + \
         (f" --weights {bench.weights}" if bench.weights != SHIPPED / "shapes" else "")
-    hardware = torch.cuda.get_device_name() if device.type == "cuda" else \
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else \
         f"{device.type}, {torch.get_num_threads()} threads"
     section = "\n\n".join([
         f"{name}: {question}", answer, table(rows), *bench.claims,

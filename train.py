@@ -687,11 +687,12 @@ def timed(f, device):
 
 def rates(device):
     """GFLOP/s of this machine in matrix products and in 3×3 convolutions, forward and back."""
-    a = torch.randn(1024, 1024, device=device, requires_grad=True)
-    x = torch.randn(16, 64, 32, 32, device=device, requires_grad=True)
+    n, N = (8192, 1024) if device.type == "cuda" else (1024, 16)     # a GPU needs much to do
+    a = torch.randn(n, n, device=device, requires_grad=True)
+    x = torch.randn(N, 64, 32, 32, device=device, requires_grad=True)
     conv = torch.nn.Conv2d(64, 64, 3, padding=1, device=device)
-    work = {"products": (lambda: (a @ a).sum().backward(), 3 * 2 * 1024 ** 3),
-            "convolutions": (lambda: conv(x).sum().backward(), 3 * 2 * 9 * 64 * 64 * 16 * 32 ** 2)}
+    work = {"products": (lambda: (a @ a).sum().backward(), 3 * 2 * n ** 3),
+            "convolutions": (lambda: conv(x).sum().backward(), 3 * 2 * 9 * 64 * 64 * N * 32 ** 2)}
     with autocast(device):
         return {name: flop / 1e9 / min(timed(f, device) for _ in range(8))
                 for name, (f, flop) in work.items()}
