@@ -202,8 +202,9 @@ def conditions(bench, captions):
 def judge_itself(bench):
     """Can it be trusted?
 
-    It reads validation renders, not what is drawn, and always names one solid or two. Of two, what
-    it says of both must be right. Position: the centre of a solid's outline."""
+    It reads validation renders, not what is drawn, and always names one solid or two: in an empty
+    picture a gray cube. Of two, what it says of both must be right. Position: the centre of a
+    solid's outline."""
     dataset = bench.validation(bench.most(2000), side=32)
     seen, truth, rows = bench.judge.read(dataset.images), dataset.labels, []
     for name, count in ("one solid", 1), ("two solids", 2):
@@ -220,10 +221,11 @@ def judge_itself(bench):
 def accuracy(bench):
     """One solid, as "a red cube": why a prior? (Sec. 5.1, Fig. 8.)
 
-    How often are colour and shape what was asked for, as the judge sees them? All 32 pairs are
-    asked for equally often. Unseen: the four pairs that no training picture holds. Main axes: the
-    first, which hold 99 % of z_i's variance (CLIP.fit_axes). Along the others z_t is unlike any
-    z_i, and whitening enlarges them. So z_t whole fails here more than in the paper."""
+    How often are colour and shape what was asked for, as the judge sees them? A second solid makes
+    both wrong. All 32 pairs are asked for equally often. Unseen: the four pairs that no training
+    picture holds. Main axes: the first, which hold 99 % of z_i's variance (CLIP.fit_axes). Along
+    the others z_t is unlike any z_i, and whitening enlarges them. So z_t whole fails here more than
+    in the paper."""
     pairs = list(product(SHAPES, COLOURS)) * bench.most(32)
     captions, rows, all_right = [noun(colour, shape) for shape, colour in pairs], [], {}
     unseen = torch.tensor([(colour, shape) in UNSEEN for shape, colour in pairs])
@@ -279,7 +281,7 @@ def two(bench):
     z_t = all_right["z_t, along the main axes"]
     for name in bench.priors:
         bench.claim("5.1", f"two solids: z_i by the {name} prior draw better than z_t along the "
-                    "main axes", all_right[f"{name} prior"][:len(z_t)], z_t)
+                    "main axes (the paper: whole)", all_right[f"{name} prior"][:len(z_t)], z_t)
     if len(bench.priors) == 2:
         bench.claim("5.2", "the diffusion prior (the better of two z_i) draws better than the "
                     "autoregressive prior (guided by 2)",
@@ -324,7 +326,7 @@ def binding(bench):
         bench.claim("7", "colours are bound to solids better without z_i, as in GLIDE",
                     bound["none: text-only decoder"], bound["diffusion prior"],
                     f"this CLIP tells the two captions apart: {with_interval(told['renders'])}")
-    bench.strips("binding", shown, f"Columns: {', '.join(sources)}. Rows: "
+    bench.strips("binding", shown, f"Columns, drawn from z_i of: {', '.join(sources)}. Rows: "
                  f"{', '.join(captions[:6])}.")
     return rows
 
@@ -407,7 +409,8 @@ def twice(bench):
     decoder, guided and with the caption, as always. Of the variance of the k² pictures (colour,
     size and place as the judge reads them, the floor in the lower corners): the share of z_i, of
     the noise, and of both together, where one changes what the other does. With 16 of each, a share
-    near 1 has a standard error of 0.01 to 0.06, a small one of a seventh to a half of its value."""
+    near 1 has a standard error of 0.01 to 0.06, a small one of a seventh to a half of its value; below
+    1 % it may be none."""
     k = bench.most(16)
     y, judge = ["a cube"] * k, bench.judge
     x = torch.cat([bench.draw(y, z_i.expand(k, -1)) for z_i in bench.z_i(y)])
@@ -683,8 +686,8 @@ def edit(bench):
 
     A solid's colour is to change and its shape to stay, or the other way round, by turns. z_i turns
     by a fraction θ towards norm(z_t − z_t0) on its main axes: z_t of the new caption, z_t0 of "a
-    photo" or of the present caption. x_T stays. Control: the text diff of another picture. Moved
-    and floor: as in vary."""
+    photo" or of the present caption. x_T stays. Control: the text diff of another picture, which in
+    31 of 200 asks for the same colour or shape (seed 0). Moved and floor: as in vary."""
     (images, labels), _ = renders_and_others(bench, bench.most(200))
     now = [(list(COLOURS)[c], SHAPES[s])
            for c, s in zip(labels["colour"][:, 0], labels["shape"][:, 0])]
