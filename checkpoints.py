@@ -11,6 +11,7 @@ import os
 import sys
 import tempfile
 import warnings
+import zipfile
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -51,6 +52,8 @@ def read_torch(path):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")          # torch warns of files that are refused anyway
+            with zipfile.ZipFile(path) as file:
+                assert file.testzip() is None        # torch does not compare the checksums
             return torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise OSError(f"{path}: {error.strerror}; use a file written by train.py") from None
@@ -225,7 +228,8 @@ def check_out(folder):
 def say(text):
     """One line on stderr, whatever characters a prompt or the name of a file may hold."""
     line = " ".join(str(text).split())
-    print("".join(c if c.isprintable() else repr(c)[1:-1] for c in line), file=sys.stderr)
+    with suppress(OSError):                              # "| tee" may be gone, and nobody listen
+        print("".join(c if c.isprintable() else repr(c)[1:-1] for c in line), file=sys.stderr)
 
 
 def run_command(name, command, argv=None):

@@ -4,6 +4,7 @@ what all commands share.
 import math
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -90,11 +91,14 @@ def test_a_damaged_part_is_refused_in_one_line_and_no_code_in_it_runs(
     monkeypatch.chdir(tmp_path)
     path, whole = tmp_path / f"{part}.pt", (tiny_weights / f"{part}.pt").read_bytes()
     trees = [[1, 2], {"part": Surprise()}, torch.nn.Linear(1, 1)]
+    middle = len(whole) // 2                             # of a weight: a single bit of it is wrong
+    flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1:]
     for spoil in SPOILT.get(part, []):
         path.write_bytes(whole)
         spoil(tree := read_torch(path))
         trees.append(tree)
-    for content in (b"", b"hello", b"\x89PNG\r\n\x1a\n" + bytes(100), whole[:5000], *trees):
+    png = b"\x89PNG\r\n\x1a\n" + bytes(100)
+    for content in (b"", b"hello", png, whole[:5000], flipped, *trees):
         path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
         with pytest.raises(ValueError, match=f"^.*{part}.pt: .*$"):
             load_part(path)
@@ -192,6 +196,11 @@ def test_a_command_ends_in_a_status_and_a_printable_line_unless_its_code_is_at_f
     assert run_command("x.py", lambda argv: argv, status) == status      # its own is kept
     with pytest.raises(RuntimeError, match="shapes"):
         run_command("x.py", raising(RuntimeError("shapes do not fit")))
+
+
+def test_a_command_ends_in_its_status_when_nobody_reads_what_it_says(monkeypatch):
+    monkeypatch.setattr("sys.stderr", SimpleNamespace(write=raising(BrokenPipeError(32, "gone"))))
+    assert run_command("x.py", raising(ValueError("--n 0: choose more"))) == 2
 
 
 @pytest.mark.parametrize("stream, encoding, command, content", [
