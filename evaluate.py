@@ -409,8 +409,8 @@ def twice(bench):
     decoder, guided and with the caption, as always. Of the variance of the k² pictures (colour,
     size and place as the judge reads them, the floor in the lower corners): the share of z_i, of
     the noise, and of both together, where one changes what the other does. With 16 of each, a share
-    near 1 has a standard error of 0.01 to 0.06, a small one of a seventh to a half of its value; below
-    1 % it may be none."""
+    near 1 has a standard error of 0.01 to 0.06, a small one of a seventh to a half of its value;
+    below 1 % it may be none."""
     k = bench.most(16)
     y, judge = ["a cube"] * k, bench.judge
     x = torch.cat([bench.draw(y, z_i.expand(k, -1)) for z_i in bench.z_i(y)])
@@ -955,9 +955,9 @@ def command(argv):
             raise ValueError(f"--{name} {getattr(args, name)}: choose {least} or more, below 2^64")
     check_out(args.out)
     page = args.out / "README.md"
-    if page.exists() and not page.read_bytes().startswith(b"# Results"):
-        raise ValueError(f"{page}: not written by evaluate.py, and would be lost; choose another "
-                         f"--out")
+    with about(f"--out {page}:"):
+        if page.exists() and not page.read_text("utf-8").startswith(HEAD[:HEAD.index(";")]):
+            raise ValueError("not written by evaluate.py, and would be lost; choose another --out")
     device = find_device(args.device)
     with about("--weights"):
         unclip = UnCLIP.load(args.weights, device)

@@ -126,7 +126,8 @@ def train(run):
         while state.step < r.steps and not stopped:
             take_step(run, state, pairs)
             state.seconds = time.monotonic() - began
-            bar.update()
+            with suppress(OSError):                      # as in say()
+                bar.update()
             if state.step % math.ceil(r.steps / LOG_ROWS) == 0 or state.step == r.steps:
                 report(run, state, validation, bar)
             if time.monotonic() - saved_at > SAVE_SECONDS:
@@ -205,8 +206,9 @@ def report(run, state, validation, bar):
            "lr": float(f"{learning_rate(state.step - 1, run.recipe):.3g}"), "loss": round(loss, 5)}
     if len(state.rows) % 10 == 9 or state.step == run.recipe.steps:
         row |= {name: round(value, 5) for name, value in validate(run, state.ema, validation)}
-        bar.write(f"{run.stage}: step {state.step}, {row['minutes']} min, loss {row['loss']}, "
-                  f"validation {row['validation']}", file=sys.stderr)
+        with suppress(OSError):
+            bar.write(f"{run.stage}: step {state.step}, {row['minutes']} min, loss {row['loss']}, "
+                      f"validation {row['validation']}", file=sys.stderr)
         if (picture := picture_to_watch(run, state.ema, validation)) is not None:
             with writing(run.folder):
                 write_png(run.files["png"], picture)
@@ -733,6 +735,9 @@ def check(args):
         value = getattr(args, name)
         if value is not None and not least <= value <= most:              # true of nan, too
             raise ValueError(f"--{name.replace('_', '-')} {value}: choose {least} to {most}")
+    for name in "init", "out", "data_dir":                            # a shell's $UNSET, say
+        if getattr(args, name) == "":
+            raise ValueError(f"--{name.replace('_', '-')}: empty; name a folder, or leave it out")
     if args.text_only and args.stage != "decoder":
         raise ValueError(f"--text-only: is for --stage decoder, not {args.stage}")
     if args.data_dir and args.data in ("shapes", "signs"):

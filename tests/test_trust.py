@@ -144,7 +144,8 @@ TRAIN = [
     ("--seed -1", "0 to"), ("--device abacus", "--device cpu"), ("--device meta", "--device cpu"),
     ("--data faces", "folder"), ("red", "--help"), ("--stage prior --text-only", "--stage decoder"),
     ("--data-dir bare --data shapes", "leave it out"),
-    ("--stage decoder --init nowhere", "no such folder"), ("--init tiny", "--stage"),
+    ("--stage decoder --init nowhere", "no such folder"), ("--out ''", "empty"),
+    ("--init tiny", "--stage"),
     ("--stage decoder --init broken_decoder", "decoder.pt", "train.py"),
     ("--out text.png", "another folder"), ("--out text.png/below", "another folder"),
     ("--out logs", "clip.csv", "another folder"), ("--data coco", "--data-dir"),
@@ -183,7 +184,7 @@ EVALUATE = [
     ("--weights broken_clip", "clip.pt", "train.py"), ("--out text.png", "another folder"),
     ("--weights broken_text_decoder", "text_decoder.pt", "train.py"),
     ("--only vary --weights no_decoder", "--stage decoder"),
-    ("--only vary --out notes", "another --out")]
+    ("--only vary --out notes", "another --out"), ("--only vary --out latin", "utf-8")]
 PROGRAMS = {"train": train, "sample": sample, "evaluate": evaluate}
 BAD = [(program, *row) for program, rows in zip(PROGRAMS, (TRAIN, SAMPLE, EVALUATE))
        for row in rows]
@@ -196,7 +197,8 @@ def litter(tiny_weights, tmp_path_factory):
     picture(top / "a.png"), picture(top / "b.png")
     (top / "text.png").write_text("no picture"), (top / "empty.png").touch()
     (top / "link").symlink_to("nowhere"), (top / "tiny").symlink_to(tiny_weights)
-    (top / "notes").mkdir(), (top / "notes" / "README.md").write_text("mine")
+    (top / "notes").mkdir(), (top / "notes" / "README.md").write_text("# Results of mine")
+    (top / "latin").mkdir(), (top / "latin" / "README.md").write_bytes(b"# Results \xfc")
     (top / "bare").mkdir(), (top / "logs" / "clip.csv").mkdir(parents=True)
     for part in ("clip", "prior", "ar_prior", "decoder", "text_decoder"):
         for folder in (top / f"no_{part}", top / f"broken_{part}"):
