@@ -293,7 +293,8 @@ class Pairs:
     kept once for each, and text_of has the indices of a picture's captions. CLIP is frozen, so z_i
     and z_t are computed here, once. If pictures may be mirrored, z_i has two views.
     small: for the upsampler, the same pictures in the size in which the decoder learns them. Area
-    means of the large ones would be cleaner than what the decoder draws.
+    means of the large ones would be cleaner than what the decoder draws. Raises ValueError if there
+    are more of one size, since a picture could be read in that size only.
     """
 
     def __init__(self, dataset, tokenizer, clip, device, shift=False, small=None):
